@@ -1,0 +1,19 @@
+"""One file per optimizer, parameter groups, clipping. Schedules are in `bitray.schedules`."""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "AdamW": "adamw",
+    "Optimizer": "settings",
+    "assert_partition": "groups",
+    "clip_grad_norm": "clipping",
+    "param_groups": "groups",
+    "set_learning_rates": "groups",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,106 @@
+"""What must hold of every optimizer. A new one is picked up from the `Optimizer` union."""
+
+import copy
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+import two_workers
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+from bitray.optim import Optimizer, clip_grad_norm, set_learning_rates
+
+
+def _members(union: Any) -> list[Any]:
+    """Settings classes of a union, under whatever annotations it carries."""
+    inner = [kind for part in get_args(union) for kind in _members(part)]
+    return inner or ([union] if hasattr(union, "build") else [])
+
+
+EVERY = {kind.model_fields["type"].default: kind for kind in _members(Optimizer)}
+
+
+@pytest.fixture(params=sorted(EVERY))
+def settings(request: pytest.FixtureRequest) -> Any:
+    return EVERY[request.param](lr=1e-2)
+
+
+def _train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
+    losses = []
+    for step in steps:
+        losses.append(two_workers.backward(model, step).item())
+        clip_grad_norm(model.parameters(), 1.0)
+        set_learning_rates(optimizer, 1 / (1 + step))
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def test_lowers_a_loss(settings):
+    model = two_workers.model()
+    optimizer = settings.build(model)
+    losses = []
+    for _ in range(60):
+        losses.append(two_workers.backward(model, step=0))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_groups_have_a_name_and_a_peak_and_hold_every_parameter_once(settings):
+    model = two_workers.model()
+    optimizer = settings.build(model)
+    names = [group["name"] for group in optimizer.param_groups]
+    assert len(set(names)) == len(names)
+    assert all(group["lr"] == group["peak_lr"] > 0 for group in optimizer.param_groups)
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+
+
+def test_state_round_trips_bit_for_bit(settings):
+    model = two_workers.model()
+    optimizer = settings.build(model)
+    _train(model, optimizer, range(5))
+    resumed = copy.deepcopy(model)
+    again = settings.build(resumed)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    _train(model, optimizer, range(5, 10))
+    _train(resumed, again, range(5, 10))
+    for expected, got in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(expected, got)
+
+
+def test_repeats_bit_for_bit(settings):
+    results = []
+    for _ in range(2):
+        model = two_workers.model()
+        _train(model, settings.build(model), range(5))
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*results)
+
+
+def _ten_steps(settings: Any) -> dict[str, Tensor]:
+    model = two_workers.shard(two_workers.model())
+    _train(model, settings.build(model), range(10))
+    return {name: two_workers.whole(p) for name, p in model.named_parameters()}
+
+
+def test_two_fsdp_workers_agree_with_one(settings, tmp_path: Path):
+    tolerance = 1e-6 if settings.type == "adamw" else 1e-3
+    alone = _ten_steps(settings)
+    for worker in two_workers.run(_ten_steps, tmp_path, settings):
+        torch.testing.assert_close(worker, alone, rtol=tolerance, atol=tolerance)
+
+
+def test_the_type_is_a_name_that_exists():
+    assert TypeAdapter(Optimizer).validate_python({"lr": 0.1}).type == "adamw"
+    with pytest.raises(ValidationError):
+        TypeAdapter(Optimizer).validate_python({"type": "sgd"})
+
+
+@pytest.mark.parametrize("lr", [0.0, -1.0, float("nan")])
+def test_impossible_rates_are_refused(settings, lr):
+    with pytest.raises(ValidationError):
+        type(settings)(lr=lr)

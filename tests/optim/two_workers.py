@@ -1,0 +1,59 @@
+"""Runs a function on two gloo workers, for what has to be right under FSDP2."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+
+def run(function: Callable[..., Any], directory: Path, *args: Any) -> list[Any]:
+    """What `function(*args)` returns on each of the workers."""
+    mp.spawn(_worker, (function, directory, args), nprocs=2)
+    return [torch.load(directory / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def _worker(rank: int, function: Callable[..., Any], directory: Path, args: tuple) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(directory / "store"), 2)
+    dist.init_process_group("gloo", rank=rank, world_size=2, store=store)
+    torch.save(function(*args), directory / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def model() -> nn.Module:
+    """Shapes that two workers cannot share evenly: 7 rows, 3 rows, and a single one."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(5, 7), nn.Tanh(), nn.RMSNorm(7), nn.Linear(7, 3), nn.Linear(3, 1)
+    )
+
+
+def shard(module: nn.Module) -> nn.Module:
+    """FSDP2 where there is a process group; gradients are averaged over workers."""
+    if dist.is_initialized():
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        fully_shard(module[0], mesh=mesh)
+        fully_shard(module, mesh=mesh)
+    return module
+
+
+def backward(module: nn.Module, step: int) -> Tensor:
+    """Gradients of the mean over 8 rows, of which each worker has its part."""
+    inputs = torch.randn(8, 5, generator=torch.Generator().manual_seed(step))
+    if dist.is_initialized():
+        inputs = inputs.chunk(dist.get_world_size())[dist.get_rank()]
+    loss = (module(inputs) - inputs.sum(-1, keepdim=True)).square().mean()
+    loss.backward()
+    return loss.detach()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A plain copy of a tensor, sharded or not."""
+    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.detach().clone()
