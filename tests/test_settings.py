@@ -40,7 +40,9 @@ class Root(Composed):
 def root(tmp_path: Path) -> type[Root]:
     (tmp_path / "part").mkdir()
     (tmp_path / "part/small.yaml").write_text("# a small one\npart: {steps: 3}\n")
-    (tmp_path / "part/big.yaml").write_text("# a big one\ninclude: [part/small]\npart: {on: true}\n")
+    (tmp_path / "part/big.yaml").write_text(
+        "# a big one\ninclude: [part/small]\npart: {on: true}\n"
+    )
     return type("Here", (Root,), {"configs": tmp_path, "__annotations__": {}})
 
 

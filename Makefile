@@ -1,0 +1,34 @@
+# Every target makes its own environment: .venv with the pinned versions of constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo test test-all check verify-gguf clean
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)  ## text -> ternary model -> GGUF, on the CPUs at hand
+	$(BIN)/python jobs/pretrain.py
+
+test: check $(STAMP)  ## what CI runs
+	$(BIN)/python -m pytest
+
+test-all: check $(STAMP)  ## the slow ones too
+	$(BIN)/python -m pytest -m ''
+
+check: $(STAMP)  ## linters, import rules, types
+	$(BIN)/ruff format --check bitray jobs scripts tests
+	$(BIN)/ruff check bitray jobs scripts tests
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+verify-gguf: $(STAMP)  ## builds a real llama.cpp (minutes) and checks every kind of export with it
+	$(BIN)/python -c 'import llama_cpp' 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt -e '.[verify]'
+	$(BIN)/python scripts/verify_gguf.py
+
+clean:
+	rm -rf .venv build dist *.egg-info

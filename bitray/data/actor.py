@@ -1,0 +1,179 @@
+"""`MixtureActor`: the one holder of a run's mixtures, which says what each stage trains on.
+
+Its whole state lies in storage, written before anybody is told of it, so a restarted actor answers
+as the lost one would have.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+
+from bitray import storage
+from bitray.data.mixture import Fenced, Mixture, StageMixture
+from bitray.settings import UserError, nearest
+
+PATIENCE_S = 30.0
+"""How long one call waits for a decision; whoever still needs the answer asks again."""
+
+
+def mixture_actor(name: str, directory: str) -> Any:
+    """Handle of the run's `MixtureActor`, started if need be; it lives while a driver holds it."""
+    options = {
+        "num_cpus": 0,
+        "max_restarts": -1,
+        "max_task_retries": -1,
+        "max_concurrency": 1000,  # calls wait side by side, one for each reader of each stage
+    }
+    actor: Any = ray.remote(MixtureActor)
+    return actor.options(name=name, get_if_exists=True, **options).remote(directory)
+
+
+class MixtureActor:
+    """The mixtures of a run's stages, by name, kept at `directory/{stage}.json`.
+
+    Streams ask it to `plan`; the training loop tells it decisions and asks it for the state of
+    checkpoints.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._mixtures: dict[str, Mixture] = {}
+        self._awaiting: dict[str, tuple[StageMixture, int]] = {}
+        """Stage and generation, where the cursors are those at the end of another stage."""
+        self._changed = asyncio.Condition()
+        for info in storage.list_files(directory, (".json",)) if storage.exists(directory) else ():
+            self._load(info.uri)
+
+    async def open(
+        self, name: str, stage: StageMixture, state: Mapping[str, Any] | None = None
+    ) -> int:
+        """Begin a generation of a stage's stream: from a checkpoint's state, else from its start.
+
+        Whoever belongs to an earlier generation is turned away from now on.
+        """
+        generation = self._generation(name) + 1
+        if state is None and stage.after is not None:
+            assert stage.after in {*self._mixtures, *self._awaiting}, f"{stage.after} is not open"
+            self._awaiting[name] = (stage, generation)
+            self._mixtures.pop(name, None)
+        else:
+            earlier = self._mixtures.get(name)
+            self._mixtures[name] = Mixture.opened(stage, generation, state, earlier=earlier)
+            self._awaiting.pop(name, None)
+        await self._changed_and_saved(name)
+        return generation
+
+    async def plan(
+        self, name: str, generation: int, tickets: Sequence[int], timeout: float = PATIENCE_S
+    ) -> dict[str, np.ndarray] | None:
+        """Source number, epoch and row of every row of these tickets, each `[tickets, rows]`.
+
+        None if after `timeout` seconds a decision is still missing. Raises `Fenced` for a
+        generation that has been replaced.
+        """
+        size = self._stage(name).rows_per_ticket
+        until = (max(tickets) + 1) * size
+        async with self._changed:
+            settled = self._changed.wait_for(lambda: self._settled(name, generation, until))
+            try:
+                await asyncio.wait_for(settled, timeout)
+            except TimeoutError:
+                return None
+        mixture = self._mixtures[name]
+        if mixture.reserve(until):
+            self._save(name)
+        rows = mixture.plan.pick([ticket * size for ticket in tickets], size)
+        return {key: part.reshape(len(tickets), size) for key, part in rows._asdict().items()}
+
+    async def set_weights(
+        self,
+        name: str,
+        step: int,
+        weights: Mapping[str, float] | None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Record a decision taken when `step` steps are done (None: no change); its journal entry.
+
+        It takes effect `lead` steps later; without gates, not before rows that are handed out.
+        """
+        entry = self._mixture(name).decide(step, weights, notes)
+        await self._changed_and_saved(name)
+        return entry.to_json()
+
+    async def journal(self, name: str) -> list[dict[str, Any]]:
+        """All entries of a stage."""
+        return [entry.to_json() for entry in self._mixture(name).plan.journal]
+
+    async def state(self, name: str, step: int) -> dict[str, Any]:
+        """What a checkpoint of a stage after `step` steps holds; `open` takes it back."""
+        return self._mixture(name).state(step)
+
+    # ------------------------------------------------------------------------------- keeping
+
+    def _generation(self, name: str) -> int:
+        if name in self._mixtures:
+            return self._mixtures[name].generation
+        return self._awaiting[name][1] if name in self._awaiting else 0
+
+    def _stage(self, name: str) -> StageMixture:
+        known = {*self._mixtures, *self._awaiting}
+        if name not in known:
+            raise UserError(f"no stage '{name}' has been opened{nearest(name, known)}")
+        return self._awaiting[name][0] if name in self._awaiting else self._mixtures[name].stage
+
+    def _mixture(self, name: str) -> Mixture:
+        self._stage(name)
+        mixture = self._resolved(name)
+        assert mixture is not None, f"{name} begins where a stage ends that is not decided so far"
+        return mixture
+
+    def _settled(self, name: str, generation: int, until: int) -> bool:
+        current = self._generation(name)
+        if generation != current:
+            raise Fenced(f"{name}: generation {generation} has been replaced by {current}")
+        mixture = self._resolved(name)
+        return mixture is not None and until <= mixture.decided
+
+    def _resolved(self, name: str) -> Mixture | None:
+        """The mixture of a stage, once it is known where the stage before it ends."""
+        if name in self._mixtures:
+            return self._mixtures[name]
+        stage, generation = self._awaiting[name]
+        assert stage.after is not None
+        before = self._resolved(stage.after)
+        if before is None or before.decided < before.stage.end:
+            return None
+        # From here on nothing may move that end any more.
+        before.reserve(before.stage.end)
+        self._save(stage.after)
+        self._mixtures[name] = Mixture.opened(stage, generation, None, before.continued(stage))
+        del self._awaiting[name]
+        self._save(name)
+        return self._mixtures[name]
+
+    async def _changed_and_saved(self, name: str) -> None:
+        self._save(name)
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _file(self, name: str) -> str:
+        return storage.join(self._directory, f"{name}.json")
+
+    def _save(self, name: str) -> None:
+        if name in self._mixtures:
+            values = self._mixtures[name].to_json()
+        else:
+            stage, generation = self._awaiting[name]
+            values = {"stage": stage.to_json(), "generation": generation, "journal": []}
+        storage.write_json(self._file(name), values)
+
+    def _load(self, uri: str) -> None:
+        name = uri.rsplit("/", 1)[-1].removesuffix(".json")
+        values = storage.read_json(uri)
+        if values["journal"]:
+            self._mixtures[name] = Mixture.from_json(values)
+        else:
+            self._awaiting[name] = (StageMixture.from_json(values["stage"]), values["generation"])

@@ -1,0 +1,281 @@
+"""A preparation as data: what is to be prepared, which parts of it are done, what came of it.
+
+No Ray and no tokenising in here; `units` does the work on one unit, `prepare` spreads it.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from bitray import storage
+from bitray.data.manifest import (
+    SPLITS,
+    Counts,
+    Manifest,
+    Skipped,
+    SourceManifest,
+    SplitName,
+    digest,
+    write_manifest,
+)
+from bitray.data.settings import DataSettings
+from bitray.data.shards import group_rows
+from bitray.data.sources import Unit
+from bitray.data.tokenizer import backend_json, end_token_id, tokenizer_identity, vocabulary
+from bitray.settings import Settings, UserError
+from bitray.storage import FileInfo
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHOWN = 3
+"""Places of bad rows in a message."""
+REPORT_SECONDS = 2.0
+
+
+TOKENIZER = "tokenizer.json"
+"""Where, within the prepared folder, workers find the tokenizer."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that a worker needs to know beside its unit; small, because it travels to each."""
+
+    job: str
+    """Identity of the job."""
+    settings: DataSettings
+    length: int
+    root_uri: str
+    end: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that is to be done, as the driver sees it."""
+
+    settings: DataSettings
+    inputs: Mapping[str, Sequence[FileInfo]]
+    length: int
+    root_uri: str
+    tokenizer: str
+    """Its identity."""
+    backend: str
+    end: int
+    vocab_size: int
+
+    @cached_property
+    def made_from(self) -> dict[str, Any]:
+        """Everything that determines the rows; weights, seed and number of workers do not."""
+        settings = self.settings
+        return {
+            "length": self.length,
+            "tokenizer": self.tokenizer,
+            "split": settings.split.model_dump(mode="json"),
+            "open_bins": settings.open_bins,
+            "unit_bytes": settings.unit_bytes,
+            "sources": {
+                name: {
+                    "settings": source.model_dump(mode="json", exclude={"weight", "licence"}),
+                    "inputs": [list(one) for one in self.inputs[name]],
+                }
+                for name, source in settings.sources.items()
+            },
+        }
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of `made_from` and of the order of the sources, which numbers them."""
+        return digest([self.made_from, list(self.settings.sources)])
+
+    @cached_property
+    def units(self) -> list[Unit]:
+        """All units, source by source."""
+        return [
+            unit
+            for name, source in self.settings.sources.items()
+            for unit in source.units(name, self.inputs[name], self.settings.unit_bytes)
+        ]
+
+    @property
+    def task(self) -> Task:
+        """The workers' share of this."""
+        return Task(self.identity, self.settings, self.length, self.root_uri, self.end)
+
+
+class UnitResult(Settings):
+    """What became of a unit: kept beside its shards, where it says that the unit is done."""
+
+    job: str
+    source: str
+    number: int
+    input_rows: int
+    empty: int
+    skipped: Skipped
+    splits: dict[SplitName, Counts]
+
+
+def plan_job(
+    settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", length: int, root_uri: str
+) -> Job:
+    """List all inputs. `UserError` for a source that is not there or holds no file."""
+    inputs = {}
+    for name, source in settings.sources.items():
+        try:
+            inputs[name] = source.inputs()
+        except UserError as error:
+            raise UserError(f"source '{name}': {error}") from None
+    return Job(
+        settings=settings,
+        inputs=inputs,
+        length=length,
+        root_uri=root_uri,
+        tokenizer=tokenizer_identity(tokenizer),
+        backend=backend_json(tokenizer),
+        end=end_token_id(tokenizer),
+        vocab_size=vocabulary(tokenizer),
+    )
+
+
+def result_name(source: str, number: int) -> str:
+    """Where, within the prepared folder, the result of a unit lies."""
+    return f"{source}/unit-{number:06d}.json"
+
+
+def shard_name(source: str, split: SplitName, number: int) -> str:
+    """Where, within the prepared folder, the rows of a unit and split lie."""
+    return f"{source}/{split}-{number:06d}.arrow"
+
+
+def finished(job: Job) -> Iterator[UnitResult]:
+    """Results that an interrupted run of the same job left, if their shards are all there."""
+    if not storage.exists(job.root_uri):
+        return
+    files = storage.list_files(job.root_uri)
+    sizes = {"/".join(file.uri.split("/")[-2:]): file.size for file in files}
+    for unit in job.units:
+        name = result_name(unit.source, unit.number)
+        if name not in sizes:
+            continue
+        values = storage.read_json(storage.join(job.root_uri, name))
+        if values.get("job") != job.identity:
+            continue
+        result = UnitResult.model_validate(values)
+        shards = [shard for counts in result.splits.values() for shard in counts.shards]
+        if all(sizes.get(shard.name) == shard.size for shard in shards):
+            yield result
+
+
+def run_job(job: Job, work: Callable[[Job, Sequence[Unit]], Iterator[UnitResult]]) -> Manifest:
+    """Have `work` do the units that are missing, in any order, and write the manifest."""
+    storage.write_text(storage.join(job.root_uri, TOKENIZER), job.backend)
+    results: dict[str, list[UnitResult]] = {name: [] for name in job.settings.sources}
+    for kept in finished(job):
+        results[kept.source].append(kept)
+    have = {(result.source, result.number) for some in results.values() for result in some}
+    missing = [unit for unit in job.units if (unit.source, unit.number) not in have]
+    left = Counter(unit.source for unit in missing)
+    for result in _reported(work(job, missing), len(missing)):
+        results[result.source].append(result)
+        left[result.source] -= 1
+        if not left[result.source]:
+            summed(job, result.source, results[result.source])  # a hopeless one ends the job early
+    manifest = manifest_of(job, {name: summed(job, name, results[name]) for name in results})
+    write_manifest(job.root_uri, manifest)
+    for name, source in manifest.sources.items():
+        print(f"prepare: {source.sentence(name)}")
+    return manifest
+
+
+def _reported(results: Iterable[UnitResult], total: int) -> Iterator[UnitResult]:
+    """A line about the progress now and then."""
+    start = said = time.monotonic()
+    tokens = 0
+    for number, result in enumerate(results, start=1):
+        tokens += sum(counts.tokens for counts in result.splits.values())
+        now = time.monotonic()
+        if now - said > REPORT_SECONDS or number == total:
+            said, rate = now, tokens / (now - start)
+            left = (now - start) / number * (total - number)
+            print(
+                f"prepare: {number}/{total} units, {tokens:,} tokens, {rate:,.0f} tokens/s, "
+                f"{left:.0f} s left",
+                flush=True,
+            )
+        yield result
+
+
+def manifest_of(job: Job, sources: Mapping[str, SourceManifest]) -> Manifest:
+    """The manifest of a job whose sources are all done."""
+    return Manifest(
+        job=job.identity,
+        length=job.length,
+        group_rows=group_rows(job.length),
+        tokenizer=job.tokenizer,
+        vocab_size=job.vocab_size,
+        eos_token_id=job.end,
+        made_from=job.made_from,
+        sources={name: sources[name] for name in job.settings.sources},
+    )
+
+
+def summed(job: Job, name: str, results: Iterable[UnitResult]) -> SourceManifest:
+    """A source from the results of all its units.
+
+    `UserError` if too many of its rows were bad, or nothing is left to train on.
+    """
+    splits = dict.fromkeys(SPLITS, Counts())
+    rows, empty, skipped = 0, 0, Skipped()
+    for result in sorted(results, key=lambda r: r.number):
+        rows, empty = rows + result.input_rows, empty + result.empty
+        skipped = skipped.plus(result.skipped)
+        splits = {split: splits[split].plus(result.splits[split]) for split in SPLITS}
+    source = job.settings.sources[name]
+    found = SourceManifest(
+        licence=source.licence, input_rows=rows, empty=empty, skipped=skipped, splits=splits
+    )
+    check_skipped(name, rows, skipped, job.settings.max_bad_rows)
+    _check_trainable(name, found)
+    return found
+
+
+def check_skipped(name: str, rows: int, skipped: Skipped, share: float) -> None:
+    """`UserError` if more than `share` of the rows, and more than one, were bad."""
+    if skipped.count > max(1, int(share * rows)):
+        places = "; ".join(skipped.places[:SHOWN])
+        raise UserError(
+            f"source '{name}': {skipped.count} of {rows} rows are unusable, more than "
+            f"data.max_bad_rows={share:g} allows; the first: {places}"
+        )
+
+
+def _check_trainable(name: str, source: SourceManifest) -> None:
+    documents = {split: counts.documents for split, counts in source.splits.items()}
+    if not sum(documents.values()):
+        raise UserError(
+            f"source '{name}' holds no document ({source.input_rows} rows, {source.empty} empty, "
+            f"{source.skipped.count} unusable)"
+        )
+    if not documents["train"]:
+        raise UserError(
+            f"source '{name}': data.split holds out all of its {sum(documents.values())} documents"
+        )
+
+
+def check_same(job: Job, manifest: Manifest) -> None:
+    """`UserError` naming what differs if a folder was prepared from something else."""
+    if manifest.job == job.identity:
+        return
+    now, then = job.made_from, manifest.made_from
+    other = [key for key in now if key != "sources" and now[key] != then.get(key)]
+    other += [
+        f"source '{name}'"
+        for name in {**then["sources"], **now["sources"]}
+        if now["sources"].get(name) != then["sources"].get(name)
+    ]
+    raise UserError(
+        f"{job.root_uri} was prepared from something else ({', '.join(other) or 'source order'} "
+        "differs); choose another data.prepared_dir or delete it"
+    )

@@ -1,0 +1,54 @@
+"""Preparing data on a Ray cluster: units of input become shards of packed rows, then a manifest.
+
+The same settings and inputs give the same bytes on any number of workers. A second run finds the
+manifest and does nothing; an interrupted one continues with the units that are missing.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import ray
+import ray.data
+
+from bitray.data.job import Job, UnitResult, check_same, plan_job, run_job
+from bitray.data.manifest import Manifest, read_manifest
+from bitray.data.settings import DataSettings
+from bitray.data.sources import Unit
+from bitray.data.units import UnitWorker, unpacked
+from bitray.models.loading import load_tokenizer
+
+
+def prepare(settings: DataSettings, tokenizer_path: str, length: int, root_uri: str) -> Manifest:
+    """Prepare rows of `length` tokens below `root_uri`, under the Ray that is running.
+
+    `UserError` for inputs that are missing, unreadable, mostly bad or empty, and for a folder that
+    was prepared from something else.
+    """
+    job = plan_job(settings, load_tokenizer(tokenizer_path), length, root_uri)
+    existing = read_manifest(root_uri)
+    if existing is not None:
+        check_same(job, existing)
+        return existing
+    return run_job(job, _on_ray)
+
+
+def prepared_identity(settings: DataSettings, tokenizer_path: str, length: int) -> str:
+    """Hash of all that determines the rows, as `Manifest.identity`: a name for their folder."""
+    return plan_job(settings, load_tokenizer(tokenizer_path), length, "").identity
+
+
+def _on_ray(job: Job, units: Sequence[Unit]) -> Iterator[UnitResult]:
+    """Results of units as they are done."""
+    if not units:
+        return
+    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    workers = min(len(units), cpus)
+    rows = [{"unit": unit.dump()} for unit in units]
+    items = ray.data.from_items(rows, override_num_blocks=len(rows))
+    items.context.enable_progress_bars = items.context.print_on_execution_start = False
+    results = items.map(
+        UnitWorker,  # type: ignore[arg-type]  # Ray takes a class for an actor
+        fn_constructor_args=(job.task, max(1, cpus // workers)),
+        compute=ray.data.ActorPoolStrategy(size=workers),
+        num_cpus=1,
+    )
+    yield from unpacked(results.iter_rows())

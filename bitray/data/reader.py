@@ -1,0 +1,140 @@
+"""Reading rows by the plan in this process: tests, evaluation, torchrun, machines without Ray."""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int, Int32
+
+from bitray.data.manifest import SplitName
+from bitray.data.permutation import mix
+from bitray.data.plan import MixturePlan, Rows, SourceSize
+from bitray.data.tickets import EMPTY, Deal
+from bitray.models.batch import Batch
+
+
+@runtime_checkable
+class RowReader(Protocol):
+    """What rows are read from: `Shards`, or `SyntheticShards`."""
+
+    def read(
+        self, source: str, split: SplitName, rows: Int[np.ndarray, " n"]
+    ) -> tuple[Int32[np.ndarray, "n length"], list[list[int]]]:
+        """Token ids of these rows, and the lengths of the documents in each."""
+        ...
+
+
+def read_rows(
+    shards: RowReader, sources: Sequence[str], rows: Rows
+) -> tuple[Int32[np.ndarray, "n length"], list[list[int]]]:
+    """The training rows of a plan, in its order, read source by source."""
+    parts, lengths = [], [[0]] * len(rows.source)
+    order = []
+    for number in np.unique(rows.source):
+        places = np.flatnonzero(rows.source == number)
+        ids, documents = shards.read(sources[number], "train", rows.row[places])
+        parts.append(ids)
+        order.append(places)
+        for at, found in zip(places, documents, strict=True):
+            lengths[at] = found
+    input_ids = np.empty((len(lengths), parts[0].shape[1]), np.int32)
+    input_ids[np.concatenate(order)] = np.concatenate(parts)
+    return input_ids, lengths
+
+
+def empty_batch(rows: int, length: int) -> Batch:
+    """A micro-batch without any token, for a worker that has no ticket left in a step."""
+    ids = np.zeros((rows, length), np.int32)
+    return Batch.from_rows(ids, [[] for _ in range(rows)], [0] * rows)
+
+
+class PlanReader:
+    """One worker's micro-batches in the order of a plan."""
+
+    def __init__(
+        self,
+        plan: MixturePlan,
+        shards: RowReader,
+        rows_per_ticket: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        tickets_per_step: int = 1,
+    ) -> None:
+        self.plan = plan
+        self.shards = shards
+        self.rows_per_ticket = rows_per_ticket
+        self.rank = rank
+        self.deal = Deal(tickets_per_step, world_size)
+
+    def batches(self, start_ticket: int = 0) -> Iterator[tuple[int, Batch]]:
+        """`(ticket, batch)` from a ticket that begins a step on, to the end of the plan if it has
+        one; per step as many as `Deal.micro_batches`, empty ones with ticket -1 included."""
+        step, rest = divmod(start_ticket, self.deal.tickets_per_step)
+        assert rest == 0, f"ticket {start_ticket} does not begin a step"
+        rows_per_step = self.rows_per_ticket * self.deal.tickets_per_step
+        while self.plan.end is None or (step + 1) * rows_per_step <= self.plan.end:
+            for ticket in self.deal.step(self.rank, step):
+                yield ticket, self._batch(ticket)
+            step += 1
+
+    def _batch(self, ticket: int) -> Batch:
+        if ticket == EMPTY:
+            return empty_batch(self.rows_per_ticket, self._length)
+        rows = self.plan.rows(ticket * self.rows_per_ticket, self.rows_per_ticket)
+        ids, lengths = read_rows(self.shards, self.plan.sources, rows)
+        return Batch.from_rows(ids, lengths, rows.source.tolist())
+
+    @cached_property
+    def _length(self) -> int:
+        ids, _ = read_rows(self.shards, self.plan.sources, self.plan.rows(0, 1))
+        return ids.shape[1]
+
+
+class SyntheticShards:
+    """Rows out of nothing, for tests: documents of random length that count in steps.
+
+    Token i of a document is `start + i * stride` modulo the vocabulary, the stride belonging to the
+    source, so a model can learn them and a test can tell sources, rows and documents apart.
+    """
+
+    def __init__(self, sizes: dict[str, int], length: int, vocab_size: int, seed: int = 0) -> None:
+        self.rows = dict(sizes)
+        self.length = length
+        self.vocab_size = vocab_size
+        self.seed = seed
+
+    @property
+    def sizes(self) -> dict[str, SourceSize]:
+        """Rows and real tokens of every source, as the plan wants them."""
+        found = {}
+        for source, count in self.rows.items():
+            documents = self.read(source, "train", np.arange(count))[1]
+            found[source] = SourceSize(count, sum(map(sum, documents)))
+        return found
+
+    def read(
+        self, source: str, split: SplitName, rows: Int[np.ndarray, " n"] | Sequence[int]
+    ) -> tuple[Int32[np.ndarray, "n length"], list[list[int]]]:
+        """The rows with these numbers, padded with 0, and their documents' lengths."""
+        ids = np.zeros((len(rows), self.length), np.int32)
+        lengths = []
+        for k, row in enumerate(rows):
+            assert 0 <= row < self.rows[source], (source, row)
+            lengths.append(self._fill(ids[k], list(self.rows).index(source), split, int(row)))
+        return ids, lengths
+
+    def _fill(self, ids: np.ndarray, number: int, split: str, row: int) -> list[int]:
+        """Write documents into a row; returns their lengths, which may leave padding."""
+        noise = mix(self.seed, number, len(split), row, np.arange(16)).astype(np.int64) >> 1
+        at, lengths = 0, []
+        for start in noise:
+            count = min(4 + int(start) % (self.length // 2), self.length - at)
+            if count < 4:
+                break
+            steps = start + np.arange(count) * (number + 1)
+            ids[at : at + count] = steps % self.vocab_size
+            lengths.append(count)
+            at += count
+        return lengths

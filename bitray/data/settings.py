@@ -1,0 +1,64 @@
+"""Settings of the data: sources and their weights, held-out shares, how preparation works."""
+
+import re
+
+from pydantic import Field, field_validator, model_validator
+
+from bitray.data.sources import Source
+from bitray.settings import Settings
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+class HeldOut(Settings):
+    """Shares of documents kept out of training, by hash of their text: probes and validation."""
+
+    probe: float = Field(0.02, ge=0, lt=1)
+    validation: float = Field(0.02, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _something_left(self) -> "HeldOut":
+        if self.probe + self.validation >= 1:
+            raise ValueError(
+                f"probe and validation ({self.probe} + {self.validation}) leave no training data"
+            )
+        return self
+
+
+class DataSettings(Settings):
+    """What to train on."""
+
+    sources: dict[str, Source] = Field(min_length=1)
+    """By name; the order numbers them."""
+    split: HeldOut = HeldOut()
+    seed: int = 0
+    """Of the order of rows; what is held out does not depend on it."""
+    open_bins: int = Field(32, ge=1, le=4096)
+    """Rows that packing keeps open."""
+    max_bad_rows: float = Field(0.001, ge=0, le=1)
+    """Share of a source's rows that may be unreadable (always at least one row)."""
+    unit_bytes: int = Field(64 << 20, ge=1)
+    """Input that one task prepares. Part of the result: units do not share rows."""
+    prepared_dir: str | None = None
+    """Where prepared rows are kept; None: beside the run."""
+
+    @field_validator("sources")
+    @classmethod
+    def _plain_names(cls, sources: dict[str, Source]) -> dict[str, Source]:
+        for name in sources:
+            if not _NAME.fullmatch(name):
+                raise ValueError(
+                    f"'{name}' cannot name a source: letters, digits, '_', '-' and '.' can"
+                )
+        return sources
+
+    @model_validator(mode="after")
+    def _weights_mean_something(self) -> "DataSettings":
+        if not sum(source.weight for source in self.sources.values()) > 0:
+            raise ValueError("the weights of all sources are 0, so there is nothing to train on")
+        return self
+
+    def shares(self) -> dict[str, float]:
+        """Token shares, summing to 1: the weights relative to each other."""
+        total = sum(source.weight for source in self.sources.values())
+        return {name: source.weight / total for name, source in self.sources.items()}

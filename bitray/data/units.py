@@ -1,0 +1,198 @@
+"""The work on one unit: read, split by hash, tokenise, pack, write its shards and then its result.
+
+A function of the unit alone: who does it, and what else is done, changes no byte.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from bitray import storage
+from bitray.data.formats import Found
+from bitray.data.job import TOKENIZER, Job, Task, UnitResult, check_skipped, result_name, shard_name
+from bitray.data.manifest import KEPT_PLACES, SPLITS, Counts, Shard, Skipped, SplitName
+from bitray.data.packing import Packer
+from bitray.data.settings import DataSettings, HeldOut
+from bitray.data.shards import ShardWriter
+from bitray.data.sources import Source, Unit
+from bitray.data.tokenizer import SLICE, Encoder
+from bitray.settings import UserError
+
+BATCH = 1024
+"""Documents tokenised at once, unless they are long."""
+HOPELESS = 100
+"""Bad rows after which a unit gives up, if they are also a tenth of what it has read."""
+
+
+class Tally:
+    """Counts the rows of a source, and lets only documents through."""
+
+    def __init__(self, source: str, max_bad_rows: float) -> None:
+        self.rows = self.empty = self.bad = 0
+        self.places: list[str] = []
+        self._source = source
+        self._allowed = max_bad_rows
+
+    def documents(self, found: Iterable[Found]) -> Iterator[str]:
+        """The texts that are there and not blank. `UserError` if hardly any is."""
+        for place, text, problem in found:
+            self.rows += 1
+            if text is None:
+                self._skip(f"{place} ({problem})")
+            elif not text or text.isspace():
+                self.empty += 1
+            else:
+                yield text
+
+    def skipped(self) -> Skipped:
+        """The bad rows so far."""
+        return Skipped(count=self.bad, places=tuple(self.places))
+
+    def _skip(self, place: str) -> None:
+        self.bad += 1
+        if len(self.places) < KEPT_PLACES:
+            self.places.append(place)
+        if self.bad > max(HOPELESS, max(0.1, self._allowed) * self.rows):
+            check_skipped(self._source, self.rows, self.skipped(), self._allowed)
+
+
+def split_of(text: str, held_out: HeldOut) -> SplitName:
+    """Where a document belongs: by its text alone, so equal documents stay on one side."""
+    place = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) / 2**64
+    if place < held_out.probe:
+        return "probe"
+    return "validation" if place < held_out.probe + held_out.validation else "train"
+
+
+def documents(
+    settings: DataSettings, split: SplitName = "train", max_bytes: int | None = None
+) -> Iterator[str]:
+    """Texts of one split of all sources, up to `max_bytes` of each: to train a tokenizer on."""
+    for name, source in settings.sources.items():
+        left = float("inf") if max_bytes is None else max_bytes
+        for text in _texts(name, source, settings):
+            if split_of(text, settings.split) == split:
+                left -= len(text.encode())
+                if left < 0:
+                    break
+                yield text
+
+
+def _texts(name: str, source: Source, settings: DataSettings) -> Iterator[str]:
+    tally = Tally(name, settings.max_bad_rows)
+    for unit in source.units(name, source.inputs(), settings.unit_bytes):
+        for part in unit.parts:
+            yield from tally.documents(source.read(part))
+
+
+# ---------------------------------------------------------------------------------------- one unit
+
+
+class _Split:
+    """The rows of one split of a unit, as they become ready."""
+
+    def __init__(self, task: Task) -> None:
+        self._packer = Packer(task.length, task.settings.open_bins)
+        self._writer = ShardWriter(task.length)
+        self._documents = self._tokens = 0
+
+    def add(self, ids: np.ndarray) -> None:
+        self._documents += 1
+        self._tokens += len(ids)
+        self._writer.add(self._packer.add(ids))
+
+    def written(self, task: Task, name: str) -> Counts:
+        """Close the shard and write it whole; no shard if there is no row."""
+        self._writer.add(self._packer.flush())
+        data = self._writer.close()
+        if not self._writer.rows:
+            return Counts()
+        storage.write_bytes(storage.join(task.root_uri, name), data.to_pybytes())
+        shard = Shard(
+            name=name,
+            rows=self._writer.rows,
+            size=data.size,
+            sha256=hashlib.sha256(data).hexdigest(),
+        )
+        return Counts(
+            documents=self._documents,
+            tokens=self._tokens,
+            rows=shard.rows,
+            truncated=self._packer.truncated,
+            shards=(shard,),
+        )
+
+
+def run_unit(task: Task, unit: Unit, encoder: Encoder) -> UnitResult:
+    """Do a unit. `UserError` for an unreadable file or rows that are mostly bad."""
+    settings = task.settings
+    source = settings.sources[unit.source]
+    tally = Tally(unit.source, settings.max_bad_rows)
+    splits = {split: _Split(task) for split in SPLITS}
+    found = (one for part in unit.parts for one in source.read(part))
+    for batch in _batches(tally.documents(found)):
+        for text, ids in zip(batch, encoder.encode(batch), strict=True):
+            splits[split_of(text, settings.split)].add(ids)
+    counts = {
+        split: rows.written(task, shard_name(unit.source, split, unit.number))
+        for split, rows in splits.items()
+    }
+    result = UnitResult(
+        job=task.job,
+        source=unit.source,
+        number=unit.number,
+        input_rows=tally.rows,
+        empty=tally.empty,
+        skipped=tally.skipped(),
+        splits=counts,
+    )
+    uri = storage.join(task.root_uri, result_name(unit.source, unit.number))
+    storage.write_json(uri, result.model_dump(mode="json"))
+    return result
+
+
+class UnitWorker:
+    """`run_unit` as a callable for a pool of actors: a unit's JSON in, its result's JSON out."""
+
+    def __init__(self, task: Task, threads: int) -> None:
+        os.environ["RAYON_NUM_THREADS"] = str(threads)
+        self._task = task
+        backend = storage.read_text(storage.join(task.root_uri, TOKENIZER))
+        self._encoder = Encoder(backend, task.end)
+
+    def __call__(self, row: dict[str, str]) -> dict[str, str]:
+        """`{"unit"}` to `{"result", "error"}`, one of which is empty."""
+        try:
+            result = run_unit(self._task, Unit.load(row["unit"]), self._encoder)
+        except UserError as error:  # said once by the driver; retrying would not help
+            return {"result": "", "error": str(error)}
+        return {"result": result.model_dump_json(), "error": ""}
+
+
+def unpacked(rows: Iterable[dict[str, str]]) -> Iterator[UnitResult]:
+    """What `UnitWorker` returned; its errors raised here."""
+    for row in rows:
+        if row["error"]:
+            raise UserError(row["error"])
+        yield UnitResult.model_validate_json(row["result"])
+
+
+def in_process(job: Job, units: Sequence[Unit]) -> Iterator[UnitResult]:
+    """Do units here, one after the other, where there is no Ray."""
+    worker = UnitWorker(job.task, os.cpu_count() or 1)
+    yield from unpacked(worker({"unit": unit.dump()}) for unit in units)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= SLICE or len(batch) == BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

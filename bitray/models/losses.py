@@ -1,0 +1,317 @@
+"""The forward that ends in losses: head objectives in chunks of tokens, layer objectives per layer.
+
+Logits of shape [tokens, vocabulary] never exist whole. Every loss is differentiated on the spot, a
+chunk at a time, inside the forward, where FSDP has gathered the head; the backward only scales.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from bitray.models.batch import IGNORED, Batch
+from bitray.models.families import decoder_layers
+from bitray.models.logits import shared_log_softmax
+from bitray.models.packed import last_hidden, packed_inputs
+from bitray.nn.linear import compute_dtype
+from bitray.settings import UserError
+
+
+class Term(NamedTuple):
+    """One addend of the loss: `scale * objective`, where the objective returns sums over tokens."""
+
+    name: str
+    objective: Any
+    scale: float | Tensor
+
+
+@dataclass
+class TeacherOutput:
+    """What a teacher says about a batch."""
+
+    hidden: Float[Tensor, "batch length hidden"]
+    """Input of the head, after the final norm."""
+    head: Float[Tensor, "vocab hidden"]
+    layers: list[Float[Tensor, "batch length hidden"]] | None = None
+    """Output of every decoder layer; emptied by the loss that uses them."""
+
+
+Metrics = dict[str, Tensor]
+Differentiated = tuple[Tensor, list[Tensor | None]]
+"""A loss and its gradients."""
+
+
+class LossModel(nn.Module):
+    """A causal language model whose forward returns a loss. The root unit under FSDP2.
+
+    `chunk_tokens` bounds the logits that exist at a time: [chunk_tokens, vocabulary]. None: 256 on
+    CPUs, whose caches hold them then (CE + KL at 32,000 entries take 0.6 of the time), else 2048.
+    """
+
+    def __init__(self, model: PreTrainedModel, chunk_tokens: int | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.chunk_tokens = chunk_tokens
+
+    def forward(
+        self,
+        batch: Batch,
+        head_terms: Sequence[Term] = (),
+        layer_terms: Sequence[Term] = (),
+        teacher: TeacherOutput | None = None,
+    ) -> tuple[Float[Tensor, ""], Metrics]:
+        """`sum_i scale_i * sum_i` with gradient, and detached sums `{term}/sum`, `{term}/{metric}`.
+
+        Position i predicts `labels[:, i+1]`; positions without a label never reach the head. A
+        batch without any label runs like any other, so that collectives match: its loss and
+        gradients are zeros.
+        """
+        chunk_tokens = self.chunk_tokens or (256 if batch.labels.device.type == "cpu" else 2048)
+        layers = decoder_layers(self.model) if layer_terms else ()
+        with capturing(layers) as outputs:
+            hidden = last_hidden(self.model, batch)
+        metrics: Metrics = defaultdict(lambda: hidden.new_zeros((), dtype=torch.float32))
+        loss = self._head_loss(hidden, batch, head_terms, teacher, metrics)
+        if layer_terms:
+            assert teacher is not None, "layer terms need a teacher"
+            layer_loss = _layer_loss(
+                outputs,
+                batch,
+                layer_terms,
+                teacher,
+                metrics=metrics,
+                chunk_tokens=self.chunk_tokens,
+            )
+            loss = loss + layer_loss
+        return loss, dict(metrics)
+
+    def _head_loss(
+        self,
+        hidden: Tensor,
+        batch: Batch,
+        terms: Sequence[Term],
+        teacher: TeacherOutput | None,
+        metrics: Metrics,
+    ) -> Tensor:
+        head = self.model.get_output_embeddings().weight
+        following = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED).flatten()
+        learnt = _places(following != IGNORED) if terms else following.new_empty(0)
+        told = _Told.of(teacher, learnt, head) if terms and teacher is not None else None
+        chunks = _HeadChunks(following[learnt], terms, told, metrics, self.chunk_tokens)
+        # Without terms this still ties head and final norm to the loss: gradients 0, not None.
+        return differentiated(chunks, _at(hidden, learnt), head)
+
+
+def run_teacher(model: PreTrainedModel, batch: Batch, layers: bool) -> TeacherOutput:
+    """What the loss needs of a teacher (`layers`: of its decoder layers too), without gradients."""
+    wanted = [model.base_model, *(decoder_layers(model) if layers else ())]
+    with torch.no_grad(), capturing(wanted) as outputs:
+        # The model's own forward, so that it may be an FSDP unit; it makes one row of logits.
+        model(**packed_inputs(batch), logits_to_keep=1)
+    hidden = outputs.pop().last_hidden_state  # the base model is the last to finish
+    head = model.get_output_embeddings().weight.detach()
+    head = head.full_tensor() if isinstance(head, DTensor) else head
+    return TeacherOutput(hidden, head, outputs if layers else None)
+
+
+@contextmanager
+def capturing(modules: Iterable[nn.Module]) -> Iterator[list[Any]]:
+    """The outputs of `modules`, in the order in which they finish.
+
+    The hooks are gone before the backward, where activation checkpointing runs forwards again.
+    """
+    outputs: list[Any] = []
+    handles = [m.register_forward_hook(lambda _m, _a, out: outputs.append(out)) for m in modules]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# --------------------------------------------------------------- losses differentiated on the spot
+
+
+class _Differentiated(torch.autograd.Function):
+    """`work(*inputs, wanted)` gives the loss and its gradients; the backward scales those."""
+
+    @staticmethod
+    def forward(ctx: Any, work: Callable[..., Differentiated], *inputs: Tensor) -> Tensor:
+        loss, ctx.gradients = work(*inputs, wanted=ctx.needs_input_grad[1:])
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        assert gradients is not None, "this loss can be differentiated once"
+        # in place: the gradient of a head can be gigabytes, and nobody else holds it
+        return None, *(None if g is None else g.mul_(grad.to(g.dtype)) for g in gradients)
+
+
+def differentiated(work: Callable[..., Differentiated], *inputs: Tensor) -> Tensor:
+    """The loss of `work` as a node of the graph, or as a mere number where gradients are off."""
+    if torch.is_grad_enabled():
+        return _Differentiated.apply(work, *inputs)
+    return work(*inputs, wanted=(False,) * len(inputs))[0]
+
+
+def _places(wanted: Bool[Tensor, " n"]) -> Int[Tensor, " m"]:
+    """Indices of what is wanted; on a GPU this waits for it, so it is done once for all uses."""
+    return wanted.nonzero().squeeze(1)
+
+
+def _at(
+    states: Float[Tensor, "batch length hidden"], places: Int[Tensor, " m"]
+) -> Float[Tensor, "m hidden"]:
+    return states.flatten(0, 1).index_select(0, places)
+
+
+def _add_up(
+    term: Term, result: tuple[Tensor, dict[str, Tensor]], metrics: Metrics
+) -> Float[Tensor, ""]:
+    """Record the sums of a term; its part of the loss."""
+    total, reported = result
+    for key, value in {"sum": total, **reported}.items():
+        metrics[f"{term.name}/{key}"] += value.detach()
+    return total * term.scale
+
+
+@dataclass
+class _Told:
+    """A teacher's logits at the learnt positions, made when they are asked for."""
+
+    hidden: Float[Tensor, "n hidden"]
+    head: Float[Tensor, "vocab hidden"]
+
+    @classmethod
+    def of(cls, teacher: TeacherOutput, learnt: Int[Tensor, " n"], student_head: Tensor) -> "_Told":
+        if teacher.head.shape[0] != student_head.shape[0]:
+            raise UserError(
+                f"the teacher's vocabulary has {teacher.head.shape[0]} entries, the student's "
+                f"{student_head.shape[0]}; they must be the same"
+            )
+        dtype = compute_dtype(teacher.head)
+        return cls(_at(teacher.hidden, learnt).to(dtype), teacher.head.to(dtype))
+
+    def logits(self, rows: slice) -> Float[Tensor, "n vocab"]:
+        with torch.no_grad():
+            return F.linear(self.hidden[rows], self.head).float()
+
+
+@dataclass
+class _HeadChunks:
+    """All head objectives on the logits of one chunk of tokens after the other."""
+
+    labels: Int[Tensor, " n"]
+    terms: Sequence[Term]
+    told: _Told | None
+    metrics: Metrics
+    chunk_tokens: int
+
+    def __call__(self, hidden: Tensor, head: Tensor, wanted: Sequence[bool]) -> Differentiated:
+        dtype = compute_dtype(hidden)
+        weight = head.to(dtype)
+        grad_hidden = torch.zeros_like(hidden) if wanted[0] else None
+        grad_head = torch.zeros_like(head, dtype=torch.float32) if wanted[1] else None
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        for rows in _slices(len(hidden), self.chunk_tokens) if self.terms else ():
+            states = hidden[rows].to(dtype)
+            value, grad = self._chunk(F.linear(states, weight), rows, any(wanted))
+            loss += value
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad @ weight
+            if grad_head is not None:
+                _accumulate(grad_head, grad.t(), states)
+        return loss, [grad_hidden, grad_head]
+
+    def _chunk(self, logits: Tensor, rows: slice, wanted: bool) -> tuple[Tensor, Tensor]:
+        dtype, logits = logits.dtype, logits.detach().float()
+        with torch.set_grad_enabled(wanted), shared_log_softmax():
+            logits.requires_grad_(wanted)
+            told = self.told.logits(rows) if self.told is not None else None
+            loss = logits.new_zeros(())
+            for term in self.terms:
+                result = term.objective.on_logits(logits, self.labels[rows], told)
+                loss = loss + _add_up(term, result, self.metrics)
+            if not wanted:
+                return loss, logits
+            return loss.detach(), torch.autograd.grad(loss, logits)[0].to(dtype)
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    """Slices of at most `size` that cover `count`; one empty slice for nothing."""
+    return [slice(start, min(start + size, count)) for start in range(0, max(count, 1), size)]
+
+
+def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """`total += left @ right`, without a temporary where the dtypes allow it."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
+@dataclass
+class _LayerChunks:
+    """All layer objectives on one layer, one chunk of tokens after the other."""
+
+    index: int
+    num_layers: int
+    target: Float[Tensor, "n hidden"]
+    head: Float[Tensor, "vocab hidden"]
+    terms: Sequence[Term]
+    metrics: Metrics
+    chunk_tokens: int
+
+    def __call__(self, states: Tensor, wanted: Sequence[bool]) -> Differentiated:
+        grad = torch.zeros_like(states) if wanted[0] else None
+        loss = states.new_zeros((), dtype=torch.float32)
+        for rows in _slices(len(states), self.chunk_tokens):
+            part = states[rows].detach().requires_grad_(wanted[0])
+            with torch.set_grad_enabled(wanted[0]):
+                value = self._chunk(part, self.target[rows])
+            loss += value.detach()
+            if grad is not None:
+                grad[rows] = torch.autograd.grad(value, part)[0]
+        return loss, [grad]
+
+    def _chunk(self, states: Tensor, target: Tensor) -> Tensor:
+        loss = states.new_zeros((), dtype=torch.float32)
+        for term in self.terms:
+            result = term.objective.on_layer(self.index, self.num_layers, states, target, self.head)
+            loss = loss + _add_up(term, result, self.metrics)
+        return loss
+
+
+def _layer_loss(
+    outputs: list[Tensor],
+    batch: Batch,
+    terms: Sequence[Term],
+    teacher: TeacherOutput,
+    *,
+    metrics: Metrics,
+    chunk_tokens: int,
+) -> Tensor:
+    """All layer objectives, last layer first; frees each layer of the teacher once it is used."""
+    assert teacher.layers is not None, "layer terms need a teacher's layers"
+    num_layers, targets = len(outputs), teacher.layers
+    if num_layers != len(targets):
+        raise UserError(
+            f"the student has {num_layers} decoder layers, the teacher {len(targets)}; layer-wise "
+            "distillation needs the same number"
+        )
+    loss = outputs[0].new_zeros((), dtype=torch.float32)
+    real = _places(batch.real.flatten())
+    for index in reversed(range(num_layers)):
+        states, target = _at(outputs.pop(), real), _at(targets.pop(), real)
+        chunks = _LayerChunks(index, num_layers, target, teacher.head, terms, metrics, chunk_tokens)
+        loss = loss + differentiated(chunks, states)
+    return loss

@@ -1,0 +1,1 @@
+"""What happens around the workers: stages on Ray Train, identity, preflight, reports."""

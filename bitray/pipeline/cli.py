@@ -1,0 +1,81 @@
+"""The command line that all jobs share: flags, `key=value` words, help, and readable failures."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from bitray.settings import Composed, UserError
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What was said on the command line."""
+
+    config: str | None
+    dry_run: bool
+    words: list[str]
+    preview: int | None = None
+
+
+def job(main: Callable[[Arguments], None], doc: str, root: type[Composed], **flags: bool) -> None:
+    """Run a job: exit 0, 2 with one readable message for what a user can put right, 130 on Ctrl-C.
+
+    `flags` says which of `dry_run` and `preview` the job knows; `doc` is its help.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc,
+        epilog=_groups(root),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", help="a YAML file of settings")
+    if flags.get("dry_run"):
+        parser.add_argument("--dry-run", action="store_true", help="check and plan, then stop")
+    if flags.get("preview"):
+        parser.add_argument("--preview", type=int, metavar="N", help="show N rows of every source")
+    parser.add_argument("words", nargs="*", metavar="group=name | path.to.key=value")
+    said = parser.parse_intermixed_args()
+    arguments = Arguments(
+        said.config, getattr(said, "dry_run", False), said.words, getattr(said, "preview", None)
+    )
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        main(arguments)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        known = next((e for e in causes(error) if isinstance(e, UserError)), None)
+        if known is None:
+            raise
+        print(f"error: {known}", file=sys.stderr)
+        sys.exit(2)
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception and what it wraps, also across Ray's processes."""
+    yield error
+    inner = [
+        error.__cause__,
+        *(getattr(error, name, None) for name in ("cause", "controller_failure")),
+    ]
+    inner += list(getattr(error, "worker_failures", {}).values())
+    for each in inner:
+        if isinstance(each, BaseException) and each is not error:
+            yield from causes(each)
+
+
+def _groups(root: type[Composed]) -> str:
+    defaults = set(root.default_groups.values())
+    wanted = {*root.default_groups, *(g for g, s in root.slots.items() if s in root.default_groups)}
+    lines = ["groups (* is the default):"]
+    for group, choices in root.groups().items():
+        if group not in wanted:
+            continue
+        lines.append(f"  {group}=")
+        for name, about in choices.items():
+            mark = "*" if f"{group}/{name}" in defaults else " "
+            lines.append(f"   {mark}{name:<22} {about}")
+    lines.append("settings: any path of the configuration, e.g. training.optimizer.lr=1e-3")
+    return "\n".join(lines)

@@ -1,0 +1,222 @@
+"""The root of the configuration. It composes the rooms' settings and says how stages inherit."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from bitray.data import DataSettings
+from bitray.export import GGUFType
+from bitray.settings import Composed, Settings, Tree, UserError, merge, nearest
+from bitray.training.settings import TrainingSettings
+
+
+class Quantization(Settings):
+    """What the converted layers compute in."""
+
+    activation_bits: Literal[8] = 8
+    subln: Literal["paper", "all", "none"] = "paper"
+    """Where a norm goes before a projection: o and down, all seven, or nowhere."""
+    subln_init: Literal["calibrated", "ones"] = "calibrated"
+
+
+class ModelSettings(Settings):
+    """The model that becomes ternary."""
+
+    name: str
+    """Short, for folders and run names."""
+    path: str | None = None
+    """Hugging Face id or folder of a pretrained model; None: built from `config` and pretrained."""
+    revision: str | None = None
+    config: dict[str, Any] | None = None
+    """Arguments of the transformers configuration of a model built here, with its `model_type`."""
+    tokenizer: str | None = None
+    """Id or folder; None: the model's own, or one trained on the data for a model built here."""
+    teacher: str | None = None
+    """Id or folder; None: the model as it was before it became ternary."""
+    quantization: Quantization = Quantization()
+
+    @model_validator(mode="after")
+    def _has_one_origin(self) -> "ModelSettings":
+        if (self.path is None) == (self.config is None):
+            raise ValueError("give either path (pretrained) or config (built here), not both")
+        return self
+
+
+class Scaling(Settings):
+    """How many workers, and what each of them needs."""
+
+    num_workers: int = Field(default=1, ge=1)
+    use_gpu: bool = False
+    cpus_per_worker: float = Field(default=1.0, gt=0)
+    readers: int = Field(default=2, ge=1)
+    """Tasks of Ray Data that read rows beside the workers."""
+    cpus_per_reader: float = Field(default=0.25, gt=0)
+    max_failures: int = Field(default=3, ge=0)
+    """Restarts of the worker group before a run gives up."""
+
+
+class StageSettings(TrainingSettings):
+    """Training settings of one stage, and its place in a pipeline."""
+
+    dense: bool = False
+    """Full precision: a stage that pretrains the model which becomes ternary later."""
+    convert_only: bool = False
+    """No steps: make the model ternary and keep it at strength 0."""
+    predecessors: tuple[str, ...] = ()
+    """Stages whose result this one starts from, first found first; none: the original model."""
+    start_from: str | None = None
+    """A checkpoint or model to start from, whatever the pipeline holds."""
+    scaling: Scaling | None = None
+
+    @model_validator(mode="after")
+    def _has_a_length(self) -> "StageSettings":
+        if not self.convert_only and self.max_steps is None and self.total_tokens is None:
+            raise ValueError("give max_steps or total_tokens, else nobody knows when it ends")
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the stage."""
+        return 0 if self.convert_only else super().total_steps
+
+
+class WandB(Settings):
+    """Weights & Biases. No account is needed: without a key it is off unless asked for."""
+
+    enabled: bool | None = None
+    """None: when WANDB_API_KEY is set. Asked for without a key, it records offline."""
+    project: str = "bitray"
+
+
+class Logging(Settings):
+    """Where metrics go besides `metrics.jsonl`."""
+
+    tensorboard: bool = True
+    wandb: WandB = WandB()
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class EvaluationSettings(Settings):
+    """Held-out evaluation at the end of every stage."""
+
+    rows: int = Field(default=256, ge=1)
+    """At most so many validation rows per domain."""
+
+
+class ExportSettings(Settings):
+    """What is written at the end of a run."""
+
+    gguf: tuple[GGUFType, ...] = ()
+    huggingface: bool = False
+
+
+class ReportSettings(Settings):
+    """Samples in the report."""
+
+    prompts: tuple[str, ...] = ()
+    max_new_tokens: int = Field(default=48, ge=1)
+
+
+class ResumeRun(Settings):
+    """What happens when the experiment's folder already holds a run."""
+
+    skip_completed: bool = True
+    fresh: bool = False
+    """Delete what the folder holds and start over."""
+    fork: bool = False
+    """Continue although settings that matter differ."""
+
+
+class Config(Composed):
+    """A run: a model, data, stages, and what surrounds them."""
+
+    configs: ClassVar[Path] = Path(__file__).parent.parent / "configs"
+    default_groups: ClassVar[dict[str, str]] = {
+        "model": "model/demo",
+        "data": "data/embedded",
+        "pipeline": "pipeline/demo",
+        "scaling": "scaling/laptop",
+    }
+    slots: ClassVar[dict[str, str]] = {"training": "pipeline", "distributed": "scaling"}
+
+    model: ModelSettings
+    data: DataSettings
+    training: TrainingSettings = TrainingSettings()
+    """The default of every stage."""
+    stages: dict[str, StageSettings] = Field(min_length=1)
+    scaling: Scaling = Scaling()
+    output_dir: str = "runs"
+    experiment: str | None = None
+    """Folder of the run below `output_dir`; None: `bitray_{model}`."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    export: ExportSettings = ExportSettings()
+    report: ReportSettings = ReportSettings()
+    logging: Logging = Logging()
+    resume: ResumeRun = ResumeRun()
+
+    @classmethod
+    def arrange(cls, preset: Tree, said: Sequence[Tree]) -> Tree:
+        """Stage preset < `training.*` < `stages.NAME.*`; a later voice wins over an earlier one."""
+        for tree in said:
+            stages = dict(preset.get("stages", {}))
+            own = tree.get("stages") or {}
+            _check_stage_names(own, stages)
+            for name in [*stages, *(n for n in own if n not in stages)]:
+                inherited = merge(stages.get(name, {}), tree.get("training") or {})
+                stages[name] = merge(inherited, own.get(name) or {})
+            preset = {**merge(preset, {k: v for k, v in tree.items() if k != "stages"})}
+            preset["stages"] = stages
+        return preset
+
+    @classmethod
+    def cause(cls, loc: tuple[Any, ...]) -> tuple[Any, ...]:
+        """A mistake in `training.*` shows in every stage, and is told once."""
+        inherited = loc[:1] == ("stages",) and len(loc) > 2
+        return ("training", *loc[2:]) if inherited else loc
+
+    def problems(self) -> list[str]:
+        return [
+            text for name, stage in self.stages.items() for text in _stage_problems(name, stage)
+        ]
+
+    @property
+    def run_dir(self) -> str:
+        """`{output_dir}/{experiment}`."""
+        return f"{self.output_dir.rstrip('/')}/{self.experiment or f'bitray_{self.model.name}'}"
+
+    def scaling_of(self, stage: str) -> Scaling:
+        """The stage's own scaling, else the run's."""
+        return self.stages[stage].scaling or self.scaling
+
+
+def _check_stage_names(own: Tree, known: Tree) -> None:
+    for name, values in own.items():
+        new = isinstance(values, dict) and {"max_steps", "total_tokens", "convert_only"} & set(
+            values
+        )
+        if known and name not in known and not new:
+            raise UserError(
+                f"stages.{name}: this pipeline has no such stage{nearest(name, known)}; "
+                f"it has: {', '.join(known)}"
+            )
+
+
+def _stage_problems(name: str, stage: StageSettings) -> list[str]:
+    where = f"stages.{name}"
+    if stage.total_steps == 0:
+        return []
+    found = []
+    active = stage.objectives.active(0, stage.total_steps)
+    if not active:
+        found.append(f"{where}.objectives: no objective has a weight above 0")
+    if stage.dense and stage.objectives.needs_teacher:
+        found.append(f"{where}: a dense stage has no teacher, but its objectives need one")
+    warmup = stage.lambda_warmup
+    if warmup.enabled and not stage.dense and (warmup.warmup_steps or 0) > stage.total_steps:
+        found.append(
+            f"{where}.lambda_warmup.warmup_steps: {warmup.warmup_steps} is longer than the stage "
+            f"({stage.total_steps} steps), which would end before the model is ternary"
+        )
+    return found

@@ -1,0 +1,123 @@
+"""Stages on Ray Train: one `fit()` for consecutive stages with the same scaling."""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from bitray import checkpoint, storage
+from bitray.data.manifest import Manifest
+from bitray.data.mixture import StageMixture
+from bitray.data.plan import SourceSize
+from bitray.data.stream import TicketConfig, TicketStream, ticket_dataset
+from bitray.data.tickets import least_lead
+from bitray.pipeline.config import Config, Scaling
+from bitray.pipeline.folders import resume_point
+from bitray.pipeline.interrupt import in_thread
+from bitray.pipeline.worker import Job, work
+from bitray.settings import UserError
+
+BUNDLE = 8
+"""Tickets that travel together to a worker."""
+LEAD = 16
+"""Steps that a decision about the mixture leads by, at least."""
+CONTROLLER_FAILURES = 3
+"""Tries to open the data and start the workers; Ray's default is to try for ever."""
+
+
+def groups(config: Config, stages: list[str]) -> Iterator[tuple[Scaling, tuple[str, ...]]]:
+    """Consecutive stages with the same scaling: they share workers and their start-up."""
+    for scaling, names in itertools.groupby(stages, key=config.scaling_of):
+        yield scaling, tuple(names)
+
+
+def stage_mixture(config: Config, stage: str, manifest: Manifest) -> StageMixture:
+    """What a stage trains on; its sources continue where those of the stage before it end."""
+    settings, scaling = config.stages[stage], config.scaling_of(stage)
+    trained = [name for name, each in config.stages.items() if each.total_steps]
+    before = trained[: trained.index(stage)]
+    least = least_lead(BUNDLE, scaling.num_workers, settings.gradient_accumulation_steps)
+    return StageMixture(
+        seed=config.data.seed,
+        manifest=manifest.identity(),
+        sizes={
+            name: SourceSize(source.splits["train"].rows, source.splits["train"].tokens)
+            for name, source in manifest.sources.items()
+        },
+        length=manifest.length,
+        weights=config.data.shares(),
+        steps=settings.total_steps,
+        rows_per_ticket=settings.batch_size,
+        tickets_per_step=settings.gradient_accumulation_steps,
+        bundle=BUNDLE,
+        max_workers=scaling.num_workers,
+        lead=max(LEAD, least),
+        after=before[-1] if before else None,
+    )
+
+
+def streams(
+    config: Config, manifests: Mapping[int, Manifest], prepared: Mapping[int, str], actor: str
+) -> dict[str, TicketStream]:
+    """The stream of every stage that takes steps."""
+    return {
+        name: TicketStream(
+            name=name,
+            mixture=stage_mixture(config, name, manifests[stage.max_seq_length]),
+            prepared=prepared[stage.max_seq_length],
+            actor=actor,
+            readers=config.scaling_of(name).readers,
+            reader_cpus=config.scaling_of(name).cpus_per_reader,
+        )
+        for name, stage in config.stages.items()
+        if stage.total_steps
+    }
+
+
+def data_state(config: Config, stage: str) -> dict[str, Any] | None:
+    """Where a stage's data is to continue; asked at every start of the workers."""
+    found = resume_point(config, stage)
+    if found is None or not config.stages[stage].resume.load_data_state:
+        return None
+    held: dict[str, Any] | None = checkpoint.load_state(found)["data"]
+    return held
+
+
+def fit(job: Job, scaling: Scaling) -> str | None:
+    """Train the job's stages. Returns the stage in which somebody stopped it, or None at its end.
+    `UserError` for what the workers found that a user can put right."""
+    train_loop: Any = work  # Ray's annotation forgets that it may return something
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=scaling.num_workers,
+            use_gpu=scaling.use_gpu,
+            resources_per_worker={
+                "CPU": scaling.cpus_per_worker,
+                **({"GPU": 1} if scaling.use_gpu else {}),
+            },
+        ),
+        run_config=RunConfig(
+            name=f"{job.fingerprint[:12]}-{'-'.join(job.stages)}",
+            storage_path=storage.join(job.config.run_dir, "ray_train"),
+            failure_config=FailureConfig(
+                max_failures=scaling.max_failures, controller_failure_limit=CONTROLLER_FAILURES
+            ),
+        ),
+        datasets={
+            name: ticket_dataset(job.streams[name], partial(data_state, job.config, name))
+            for name in job.stages
+            if name in job.streams
+        },
+        dataset_config=TicketConfig(),
+    )
+    result: Any = in_thread(trainer.fit)
+    outcome: dict[str, Any] = result.return_value
+    if "error" in outcome:
+        raise UserError(outcome["error"])
+    return outcome.get("stopped")

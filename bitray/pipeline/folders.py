@@ -1,0 +1,108 @@
+"""Where things of a run lie, and what of it is done. Storage is the only memory of a run."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from bitray import checkpoint, storage
+from bitray.pipeline.config import Config
+from bitray.settings import UserError
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """`{run}/{stage}_checkpoint/checkpoints/{step_000500|best|final}`."""
+
+    run_dir: str
+    stage: str
+
+    @property
+    def root(self) -> str:
+        """Folder of the checkpoints."""
+        return storage.join(self.run_dir, f"{self.stage}_checkpoint", "checkpoints")
+
+    def step(self, step: int) -> str:
+        """Checkpoint of a step."""
+        return storage.join(self.root, f"step_{step:06d}")
+
+    @property
+    def best(self) -> str:
+        """Checkpoint of the lowest held-out loss."""
+        return storage.join(self.root, "best")
+
+    @property
+    def final(self) -> str:
+        """Checkpoint of the end of the stage."""
+        return storage.join(self.root, "final")
+
+    @property
+    def complete(self) -> bool:
+        """Whether the stage has ended."""
+        return checkpoint.is_complete(self.final)
+
+    def result(self) -> dict[str, Any]:
+        """What the stage left in its final checkpoint besides tensors."""
+        return checkpoint.load_state(self.final)
+
+
+def predecessor(config: Config, stage: str) -> str | None:
+    """The checkpoint or model a stage starts from: said outright, else of the first predecessor
+    that has ended, else the pretrained model; None: random weights."""
+    settings = config.stages[stage]
+    if settings.start_from:
+        return settings.start_from
+    for name in settings.predecessors:
+        folder = StageFolder(config.run_dir, name)
+        if folder.complete:
+            return folder.final
+    return config.model.path
+
+
+def resume_point(config: Config, stage: str) -> str | None:
+    """The checkpoint inside the stage that it continues from: its own newest whole one, else the
+    one that was named (or that RESUME_CHECKPOINT names), else None."""
+    own = checkpoint.newest_complete(StageFolder(config.run_dir, stage).root)
+    return own or config.stages[stage].resume.checkpoint_path
+
+
+def original(config: Config) -> str | None:
+    """The model in full precision: the pretrained one, or what Stage 0 of this run made."""
+    if config.model.path:
+        return config.model.path
+    dense = [name for name, stage in config.stages.items() if stage.dense]
+    return StageFolder(config.run_dir, dense[-1]).final if dense else None
+
+
+def resolve_checkpoint(uri: str) -> str:
+    """The checkpoint meant by a checkpoint's, a stage's or a run's folder; else the name itself,
+    which may be a Hugging Face folder or id."""
+    if checkpoint.is_complete(uri):
+        return uri
+    stages = ("stage3", "stage2", "stage1_9", "stage1", "stage0")
+    roots = [storage.join(uri, "checkpoints"), uri]
+    roots += [storage.join(uri, f"{stage}_checkpoint", "checkpoints") for stage in stages]
+    for root in roots:
+        final = storage.join(root, "final")
+        if checkpoint.is_complete(final):
+            return final
+        if storage.exists(root) and (newest := checkpoint.newest_complete(root)):
+            return newest
+    return uri
+
+
+def run_of(checkpoint_uri: str) -> str | None:
+    """The run folder that a checkpoint lies in, or None."""
+    run_dir = checkpoint_uri.rstrip("/")
+    for _ in range(3):
+        run_dir = run_dir.rpartition("/")[0]
+    return run_dir if run_dir and storage.exists(storage.join(run_dir, "config.yaml")) else None
+
+
+def teacher_of(config: Config) -> str:
+    """The teacher: one that was named, else the model in full precision."""
+    found = config.model.teacher or original(config)
+    if found is None:
+        raise UserError(
+            "model.teacher: objectives need a teacher, but there is no pretrained model and no "
+            "dense stage; give model.teacher or add stage0"
+        )
+    return found

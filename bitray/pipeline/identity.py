@@ -1,0 +1,108 @@
+"""What makes two runs the same run: the settings and inputs that the mathematics depends on."""
+
+import hashlib
+import json
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from bitray import storage
+from bitray.pipeline.config import Config
+from bitray.settings import UserError
+
+_ELSEWHERE = {"output_dir", "experiment", "logging", "report", "export", "resume", "scaling"}
+"""Settings that change where things go or who computes them, not what is computed."""
+_BESIDE = {"log_every", "save_every", "keep_last", "resume", "scaling", "logits_chunk"}
+"""The same within a stage."""
+FILE = "fingerprint.json"
+
+
+def mathematical_settings(config: Config) -> dict[str, Any]:
+    """The effective settings that results depend on."""
+    values = config.model_dump(mode="json", exclude=_ELSEWHERE | {"training"})
+    for stage in values["stages"].values():
+        for key in _BESIDE:
+            stage.pop(key, None)
+    values["data"].pop("prepared_dir", None)
+    return values
+
+
+def fingerprint(settings: dict[str, Any], data: dict[str, str]) -> str:
+    """sha256 over the canonical JSON of settings and of the identity of the prepared data."""
+    text = json.dumps({"settings": settings, "data": data}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def claim(config: Config, data: dict[str, str]) -> str:
+    """Write the run's identity into its folder, or check that the folder holds this very run.
+
+    Another run's folder is refused with the differences, unless `resume.fork=true`. Different
+    versions of code are recorded and said, not refused. Returns the fingerprint.
+    """
+    uri = storage.join(config.run_dir, FILE)
+    settings = mathematical_settings(config)
+    here = {
+        "fingerprint": fingerprint(settings, data),
+        "settings": settings,
+        "data": data,
+        "environment": environment(),
+    }
+    if storage.exists(uri):
+        there = storage.read_json(uri)
+        if there["fingerprint"] != here["fingerprint"] and not config.resume.fork:
+            changed = differences(
+                {"data": there["data"], **there["settings"]}, {"data": data, **settings}
+            )
+            raise UserError(_refusal(config.run_dir, changed))
+        for name, version in differences(there["environment"], here["environment"]).items():
+            print(f"note: {name} was {version[0]!r} when this run began and is {version[1]!r} now")
+    storage.write_json(uri, here)
+    storage.write_text(storage.join(config.run_dir, "config.yaml"), config.dump())
+    return str(here["fingerprint"])
+
+
+def _refusal(run_dir: str, changed: dict[str, tuple[Any, Any]]) -> str:
+    lines = [f"  {path}: {old!r} there, {new!r} now" for path, (old, new) in changed.items()]
+    return (
+        f"{run_dir} holds a run with other settings; take another experiment=NAME, or continue "
+        f"it with resume.fork=true, or delete it with resume.fresh=true. What differs:\n"
+        + "\n".join(lines)
+    )
+
+
+def differences(old: Any, new: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted path -> (old, new) of every leaf that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in [*old, *(k for k in new if k not in old)]:
+            found |= differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+        return found
+    return {} if old == new else {path: (old, new)}
+
+
+def environment() -> dict[str, str]:
+    """Versions and the state of the sources: recorded, never a reason to refuse."""
+    packages = ("torch", "transformers", "ray", "numpy", "pyarrow")
+    versions = {name: metadata.version(name) for name in packages}
+    return {**versions, "python": platform.python_version(), "sources": _sources(), **_git()}
+
+
+def _sources() -> str:
+    package = Path(__file__).parent.parent
+    hashed = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        hashed.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    return hashed.hexdigest()[:16]
+
+
+def _git() -> dict[str, str]:
+    def ask(*words: str) -> str:
+        here = Path(__file__).parent
+        answer = subprocess.run(
+            ["git", "-C", here, *words], capture_output=True, text=True, check=False
+        )
+        return answer.stdout.strip() if answer.returncode == 0 else "unknown"
+
+    return {"commit": ask("rev-parse", "HEAD"), "dirty": str(bool(ask("status", "--porcelain")))}

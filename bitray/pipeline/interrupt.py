@@ -1,0 +1,63 @@
+"""Ctrl-C: the first asks the workers for a checkpoint and an end, the second ends at once."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from bitray import storage
+from bitray.pipeline.worker import STOP
+
+T = TypeVar("T")
+
+
+@contextmanager
+def stoppable(run_dir: str) -> Iterator[None]:
+    """Inside, an interrupt is passed on to the workers through the run's folder."""
+    flag = storage.join(run_dir, STOP)
+    if storage.exists(flag):
+        storage.remove(flag)
+    if threading.current_thread() is not threading.main_thread():
+        yield  # a trial of a sweep: signals belong to whoever drives it
+        return
+    asked = False
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            os._exit(130)  # Ray's own processes follow when their driver is gone
+        asked = True
+        print("\nstopping after this step, with a checkpoint; once more stops at once", flush=True)
+        storage.write_text(flag, "asked to stop\n")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if asked and storage.exists(flag):
+            storage.remove(flag)
+
+
+def in_thread(call: Callable[[], T]) -> T:
+    """The result of `call`, run in a thread: Ray Train then leaves our signal handlers alone, and
+    the main thread hears signals while it waits."""
+    answers: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            answers.append(call())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="fit")
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if errors:
+        raise errors[0]
+    return answers[0]

@@ -1,0 +1,74 @@
+"""What the stages work on: a tokenizer, and rows prepared for every length that a run needs."""
+
+import tempfile
+from pathlib import Path
+
+from bitray import storage
+from bitray.data.manifest import Manifest, digest
+from bitray.data.prepare import prepare, prepared_identity
+from bitray.data.tokenizer import train_tokenizer
+from bitray.data.units import documents
+from bitray.pipeline.config import Config
+
+TOKENIZER_BYTES = 10_000_000
+"""Text of each source that a tokenizer is trained on, at most."""
+
+
+def prepared_root(config: Config) -> str:
+    """Where prepared rows and trained tokenizers lie, for all runs of an output folder."""
+    return config.data.prepared_dir or storage.join(config.output_dir, "prepared")
+
+
+def named_tokenizer(config: Config) -> str | None:
+    """Id or folder of the tokenizer, or None if one is to be trained on the data."""
+    return config.model.tokenizer or config.model.path
+
+
+def tokenizer_of(config: Config) -> str:
+    """Id or folder of the tokenizer; trains one of the model's own vocabulary where none is named,
+    once for the same data."""
+    named = named_tokenizer(config)
+    if named is not None:
+        return named
+    assert config.model.config is not None
+    size = config.model.config.get("vocab_size", 32000)
+    sources = {
+        name: [source.model_dump(mode="json"), [list(one) for one in source.inputs()]]
+        for name, source in config.data.sources.items()
+    }
+    key = digest([size, config.data.split.model_dump(), sources])
+    folder = storage.join(prepared_root(config), f"tokenizer-{key[:16]}")
+    if not storage.exists(storage.join(folder, "tokenizer.json")):
+        print(f"tokenizer: training {size} tokens", flush=True)
+        with tempfile.TemporaryDirectory() as temporary:
+            texts = documents(config.data, max_bytes=TOKENIZER_BYTES)
+            train_tokenizer(texts, size).save_pretrained(temporary)
+            # its main file last: where that is, the tokenizer is whole
+            files = sorted(Path(temporary).iterdir(), key=lambda p: p.name == "tokenizer.json")
+            for path in files:
+                storage.write_bytes(storage.join(folder, path.name), path.read_bytes())
+    return folder
+
+
+class Material:
+    """Prepared rows by length. Identities are known before anything is prepared."""
+
+    def __init__(self, config: Config, tokenizer: str) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.lengths = sorted({stage.max_seq_length for stage in config.stages.values()})
+        self.identities = {
+            length: prepared_identity(config.data, tokenizer, length) for length in self.lengths
+        }
+
+    @property
+    def folders(self) -> dict[int, str]:
+        """Row length -> folder."""
+        root = prepared_root(self.config)
+        return {n: storage.join(root, identity[:16]) for n, identity in self.identities.items()}
+
+    def prepare(self) -> dict[int, Manifest]:
+        """Prepare what is missing, as Ray Data jobs."""
+        return {
+            length: prepare(self.config.data, self.tokenizer, length, folder)
+            for length, folder in self.folders.items()
+        }

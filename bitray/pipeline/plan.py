@@ -1,0 +1,183 @@
+"""Before a run: whether the cluster can hold it, what it will do, and what it takes."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import ray
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bitray import checkpoint
+from bitray.data.tokenizer import check_vocabulary, tokenizer_identity
+from bitray.export import can_export
+from bitray.models.convert import to_bitnet
+from bitray.models.loading import build_model, load_tokenizer, skeleton
+from bitray.pipeline.config import Config
+from bitray.pipeline.folders import StageFolder
+from bitray.pipeline.report import Table
+from bitray.settings import UserError
+
+GB = 1e9
+
+
+def resources() -> dict[str, float]:
+    """CPUs and GPUs of the running cluster, or of this machine where none runs."""
+    if ray.is_initialized():
+        return {key: float(value) for key, value in ray.cluster_resources().items()}
+    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+
+
+def check_resources(config: Config, held: Mapping[str, float]) -> None:
+    """`UserError` if workers and readers together need more than the cluster has, where Ray would
+    wait for ever."""
+    for name in config.stages:
+        scaling = config.scaling_of(name)
+        cpus = scaling.num_workers * scaling.cpus_per_worker
+        cpus += scaling.readers * scaling.cpus_per_reader
+        if cpus > held.get("CPU", 0.0):
+            raise UserError(
+                f"scaling: stage {name} needs {cpus:g} CPUs ({scaling.num_workers} workers x "
+                f"{scaling.cpus_per_worker:g} + {scaling.readers} readers x "
+                f"{scaling.cpus_per_reader:g}), the cluster has {held.get('CPU', 0.0):g}; lower "
+                "scaling.num_workers, scaling.cpus_per_worker or scaling.readers"
+            )
+        if scaling.use_gpu and scaling.num_workers > held.get("GPU", 0.0):
+            raise UserError(
+                f"scaling: stage {name} needs {scaling.num_workers} GPUs, the cluster has "
+                f"{held.get('GPU', 0.0):g}; take scaling=laptop to train on CPUs, or lower "
+                "scaling.num_workers"
+            )
+
+
+def outline(config: Config) -> PreTrainedModel:
+    """The dense model without its weights."""
+    with torch.device("meta"):
+        if config.model.path is None:
+            assert config.model.config is not None
+            return build_model(config.model.config)
+        return skeleton(config.model.path)
+
+
+def check_model(config: Config, model: PreTrainedModel, tokenizer: str | None) -> None:
+    """`UserError` for what would only show after hours: a tokenizer or rows that do not fit the
+    model, a teacher that speaks another language, an export that cannot be. `tokenizer` is None
+    where one is still to be trained, to the model's own size."""
+    most = model.config.max_position_embeddings
+    for name, stage in config.stages.items():
+        if stage.max_seq_length > most:
+            raise UserError(
+                f"stages.{name}.max_seq_length: {stage.max_seq_length} is more than the "
+                f"{most} positions of {config.model.name}"
+            )
+    if tokenizer is not None:
+        mine = load_tokenizer(tokenizer)
+        check_vocabulary(mine, model.config.vocab_size)
+        if config.model.teacher:
+            _check_teacher(config.model.teacher, mine)
+    converted = to_bitnet(model, config.model.quantization.subln)
+    for kind in config.export.gguf:
+        if reason := can_export(converted, kind):
+            raise UserError(f"export.gguf: {kind}: {reason}")
+
+
+def _check_teacher(name: str, mine: PreTrainedTokenizerBase) -> None:
+    theirs = load_tokenizer(name)
+    if tokenizer_identity(theirs) == tokenizer_identity(mine):
+        return
+    ids, others = mine.get_vocab(), theirs.get_vocab()
+    differing = sorted(number for token, number in ids.items() if others.get(token) != number)
+    what = "they split text differently"
+    if differing:
+        token = mine.convert_ids_to_tokens(differing[0])
+        what = f"the first id that differs is {differing[0]}, the student's {token!r}"
+    raise UserError(f"model.teacher: {name} has another tokenizer than the student: {what}")
+
+
+# -------------------------------------------------------------------------------------- dry run
+
+
+@dataclass(frozen=True)
+class Memory:
+    """An estimate of what one worker holds, in bytes."""
+
+    masters: float
+    gradients: float
+    optimizer: float
+    teacher: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return self.masters + self.gradients + self.optimizer + self.teacher + self.activations
+
+
+def memory(config: Config, stage: str, parameters: int, model: PreTrainedModel) -> Memory:
+    """Masters, gradients and Adam's two moments are fp32 and sharded; the teacher is whole; a block
+    keeps about 16 numbers per token and hidden unit and 8 per token and FFN unit for the backward,
+    or its input alone under activation checkpointing."""
+    settings, scaling = config.stages[stage], config.scaling_of(stage)
+    shape, low = model.config, 2 if scaling.use_gpu else 4
+    tokens = settings.batch_size * settings.max_seq_length
+    per_token = 16 * shape.hidden_size + 8 * shape.intermediate_size
+    if settings.activation_checkpointing:
+        per_token = shape.hidden_size
+    chunk = min(tokens, settings.logits_chunk) * shape.vocab_size * 4 * 3
+    share = parameters / scaling.num_workers
+    return Memory(
+        masters=4 * share,
+        gradients=4 * share,
+        optimizer=8 * share,
+        teacher=low * parameters if settings.objectives.needs_teacher else 0,
+        activations=low * tokens * per_token * shape.num_hidden_layers + chunk,
+    )
+
+
+def plan(config: Config) -> str:
+    """What `run` would do, as text; checks everything that can be checked without training."""
+    check_resources(config, resources())
+    model = outline(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    known = config.model.tokenizer or config.model.path
+    rows = [_row(config, name, parameters, model) for name in config.stages]
+    check_model(config, model, known)
+    header = ("stage", "steps", "tokens", "workers", "learning rate", "memory/worker", "starts at")
+    checkpoints = 12 * parameters * sum(s.keep_last + 2 for s in config.stages.values()) / GB
+    lines = [
+        f"run       {config.run_dir}",
+        f"model     {config.model.name}: {parameters:,} parameters"
+        f" ({config.model.path or 'built from its config'})",
+        f"tokenizer {known or 'trained on the data'}",
+        "data      "
+        + ", ".join(f"{name} {share:.1%}" for name, share in config.data.shares().items()),
+        f"export    {', '.join(config.export.gguf) or 'no GGUF'}"
+        + (", huggingface" if config.export.huggingface else ""),
+        f"storage   up to {checkpoints:.3g} GB of checkpoints",
+        "",
+        Table(header, rows).text(),
+        "",
+        "nothing was trained (--dry-run)",
+    ]
+    return "\n".join(lines)
+
+
+def _row(config: Config, name: str, parameters: int, model: PreTrainedModel) -> tuple[str, ...]:
+    stage, scaling = config.stages[name], config.scaling_of(name)
+    tokens = stage.total_steps * stage.rows_per_step * stage.max_seq_length
+    return (
+        name,
+        str(stage.total_steps),
+        f"{tokens:,}",
+        str(scaling.num_workers),
+        f"{stage.optimizer.lr:g}" if stage.total_steps else "-",
+        f"{memory(config, name, parameters, model).total / GB:.2g} GB",
+        _resume_point(config, name),
+    )
+
+
+def _resume_point(config: Config, name: str) -> str:
+    folder = StageFolder(config.run_dir, name)
+    if folder.complete:
+        return "complete"
+    newest = checkpoint.newest_complete(folder.root)
+    return newest.rpartition("/")[2] if newest else "the beginning"

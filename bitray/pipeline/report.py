@@ -1,0 +1,162 @@
+"""`report.html`: one self-contained page of pictures and tables about a run."""
+
+import html
+import io
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bitray import storage
+
+Series = Mapping[str, Sequence[tuple[int, float]]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text cells below a header; the first column names the row."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def text(self) -> str:
+        """For a terminal: columns aligned, numbers to the right."""
+        cells = [self.header, *self.rows]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(self.header))]
+        lines = [
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in cells
+        ]
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+    def html(self) -> str:
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.header)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in self.rows
+        )
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+PICTURES: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("Training loss", ("train/loss",), "nats"),
+    ("Objectives", ("train/*_loss",), "nats"),
+    ("Held-out loss", ("eval/*_loss",), "nats"),
+    ("Learning rate", ("schedule/lr_*",), "per step"),
+    ("Quantisation strength and objective weights", ("schedule/strength", "schedule/*_weight"), ""),
+    ("Mixture", ("mixture/*",), "share of tokens"),
+    ("Throughput", ("train/tokens_per_second",), "tokens/s"),
+    ("Gradient norm", ("train/grad_norm",), ""),
+)
+"""Title, patterns of metric names, unit."""
+
+_STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}
+h1{font-size:1.6rem}h2{font-size:1.15rem;margin-top:2.2rem}svg{max-width:100%;height:auto}
+table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .9rem;text-align:right}
+td:first-child,th:first-child{text-align:left}thead{border-bottom:2px solid #888}
+tbody tr:nth-child(even){background:#f4f4f4}pre{background:#f4f4f4;padding:1rem;overflow:auto;
+white-space:pre-wrap}.pictures{display:grid;grid-template-columns:repeat(auto-fit,minmax(27rem,1fr));gap:1rem}
+figure{margin:0}figcaption{font-weight:600}
+@media(prefers-color-scheme:dark){body{background:#181818;color:#ddd}svg{background:#fff}
+tbody tr:nth-child(even),pre{background:#242424}}
+"""
+
+
+def read_metrics(run_dir: str) -> list[dict[str, Any]]:
+    """All lines of a run's `metrics.jsonl`."""
+    uri = storage.join(run_dir, "metrics.jsonl")
+    if not storage.exists(uri):
+        return []
+    return [json.loads(line) for line in storage.read_text(uri).splitlines()]
+
+
+def write_report(
+    run_dir: str,
+    title: str,
+    tables: Mapping[str, Table],
+    samples: Mapping[str, Sequence[tuple[str, str]]],
+    config: str,
+) -> str:
+    """Write the page and return where it lies. `samples`: stage -> (prompt, continuation) pairs."""
+    metrics = read_metrics(run_dir)
+    parts = [f"<h1>{html.escape(title)}</h1>"]
+    parts += [f"<h2>{html.escape(name)}</h2>{table.html()}" for name, table in tables.items()]
+    parts.append('<h2>Curves</h2><div class="pictures">')
+    parts += [_figure(metrics, *picture) for picture in PICTURES]
+    parts.append("</div>")
+    if samples:
+        parts.append("<h2>Samples</h2>")
+        parts += [_samples(stage, pairs) for stage, pairs in samples.items()]
+    parts.append(f"<h2>Configuration</h2><pre>{html.escape(config)}</pre>")
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>"
+        f"<body>{''.join(parts)}</body></html>"
+    )
+    uri = storage.join(run_dir, "report.html")
+    storage.write_text(uri, page)
+    return uri
+
+
+def _samples(stage: str, pairs: Sequence[tuple[str, str]]) -> str:
+    shown = "".join(
+        f"<pre><b>{html.escape(prompt)}</b>{html.escape(text)}</pre>" for prompt, text in pairs
+    )
+    return f"<h3>{html.escape(stage)}</h3>{shown}"
+
+
+def _figure(
+    metrics: Sequence[Mapping[str, Any]], title: str, patterns: Sequence[str], unit: str
+) -> str:
+    """One picture as inline SVG; steps of the stages follow each other on the axis."""
+    series, borders = series_of(metrics, patterns)
+    if not series:
+        return ""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for name, points in sorted(series.items()):
+        axes.plot(*zip(*points, strict=True), label=name, linewidth=1.4, marker=".", markersize=3)
+    for stage, start in borders.items():
+        axes.axvline(start, color="0.8", linewidth=0.8)
+        place = axes.get_xaxis_transform()  # x in steps, y in parts of the picture
+        axes.text(start, 0.98, f" {stage}", transform=place, fontsize=7, va="top", color="0.4")
+    axes.set_xlabel("step, stages one after the other", fontsize=8)
+    axes.set_ylabel(unit, fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25)
+    if len(series) > 1 or "*" in patterns[0]:
+        axes.legend(fontsize=7, frameon=False)
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None})
+    svg = drawn.getvalue()
+    svg = svg[svg.index("<svg") :]
+    return f"<figure><figcaption>{html.escape(title)}</figcaption>{svg}</figure>"
+
+
+def series_of(
+    metrics: Sequence[Mapping[str, Any]], patterns: Sequence[str]
+) -> tuple[Series, dict[str, int]]:
+    """Points by name, and where each stage starts on the common axis of steps."""
+    from fnmatch import fnmatch
+
+    borders: dict[str, int] = {}
+    series: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    last = 0
+    for record in metrics:
+        stage = record["stage"]
+        start = borders.setdefault(stage, last)
+        last = max(last, start + record["step"])
+        for name, value in record.items():
+            # `train/loss` is a curve of its own; other names fall under `train/*_loss`.
+            if any(fnmatch(name, p) for p in patterns) and isinstance(value, int | float):
+                label = name.partition("/")[2].removesuffix("_loss")
+                series[label].append((start + record["step"], float(value)))
+    return series, borders

@@ -1,0 +1,106 @@
+"""`run(config)`: the whole road, from text to an exported ternary model."""
+
+from bitray import storage
+from bitray.data.actor import mixture_actor
+from bitray.data.manifest import Manifest
+from bitray.pipeline.config import Config
+from bitray.pipeline.finish import Result, finish
+from bitray.pipeline.fit import fit, groups, streams
+from bitray.pipeline.folders import StageFolder
+from bitray.pipeline.identity import claim
+from bitray.pipeline.interrupt import stoppable
+from bitray.pipeline.material import Material, named_tokenizer, tokenizer_of
+from bitray.pipeline.plan import check_model, check_resources, outline, resources
+from bitray.pipeline.report import Table
+from bitray.pipeline.session import ray_session
+from bitray.pipeline.worker import Job
+from bitray.settings import UserError
+
+
+def run(config: Config) -> Result:
+    """Prepare data, train the stages that are not complete, evaluate, export, report.
+
+    The same configuration again continues where it stopped, or says where its result lies.
+    `UserError` for anything that the user can put right, as early as it can be known.
+    """
+    config = located(config)
+    if config.resume.fresh:
+        storage.remove(config.run_dir)
+    with ray_session():
+        check_resources(config, resources())
+        check_model(config, outline(config), named_tokenizer(config))
+        material = Material(config, tokenizer_of(config))
+        fingerprint = claim(config, {str(n): key for n, key in material.identities.items()})
+        with stoppable(config.run_dir):
+            stopped = train(config, material, fingerprint)
+        if stopped:
+            lines = [f"stopped in {stopped}; the same command continues it"]
+            return Result(config.run_dir, stopped=True, lines=lines)
+        return finish(config, fingerprint)
+
+
+def train(config: Config, material: Material, fingerprint: str) -> str | None:
+    """Train the stages that are not complete; the one in which somebody stopped, or None."""
+    if not config.resume.skip_completed:
+        for stage in config.stages:
+            storage.remove(storage.join(config.run_dir, f"{stage}_checkpoint"))
+    pending = [s for s in config.stages if not StageFolder(config.run_dir, s).complete]
+    for stage in config.stages:
+        if stage not in pending:
+            print(f"{stage:<9} is complete: {StageFolder(config.run_dir, stage).final}")
+    if not pending:
+        return None
+    manifests = material.prepare()
+    _check_held_out(manifests)
+    name = f"bitray-mixture-{fingerprint[:16]}"
+    actor = mixture_actor(name, storage.join(config.run_dir, "mixture"))
+    flows = streams(config, manifests, material.folders, name)
+    for scaling, stages in groups(config, pending):
+        job = Job(config, stages, fingerprint, material.tokenizer, material.folders, flows)
+        if stopped := fit(job, scaling):
+            return stopped
+    del actor  # it lives as long as this handle
+    return None
+
+
+def _check_held_out(manifests: dict[int, Manifest]) -> None:
+    """The longest rows are evaluated on; a source without any is told, all without is refused."""
+    manifest = manifests[max(manifests)]
+    without = [name for name in manifest.sources if not manifest.num_rows(name, "validation")]
+    if len(without) == len(manifest.sources):
+        raise UserError(
+            "data.split.validation: no source has a held-out document; give more text or raise it"
+        )
+    if without:
+        print(f"note: no held-out documents of {', '.join(without)}; they are not evaluated")
+
+
+def prepare_only(config: Config) -> Table:
+    """Prepare the rows of all stages; their counts."""
+    config = located(config)
+    with ray_session():
+        manifests = Material(config, tokenizer_of(config)).prepare()
+    header = ("source", "length", "documents", "tokens", "rows", "padding", "cut", "skipped")
+    rows = [
+        (
+            name,
+            str(length),
+            f"{sum(c.documents for c in source.splits.values()):,}",
+            f"{sum(c.tokens for c in source.splits.values()):,}",
+            f"{sum(c.rows for c in source.splits.values()):,}",
+            f"{manifest.padding([name]):.2%}",
+            f"{sum(c.truncated for c in source.splits.values()):,}",
+            f"{source.skipped.count:,}",
+        )
+        for length, manifest in manifests.items()
+        for name, source in manifest.sources.items()
+    ]
+    return Table(header, rows)
+
+
+def located(config: Config) -> Config:
+    """The configuration with absolute folders: workers start elsewhere."""
+    places = {"output_dir": storage.absolute(config.output_dir)}
+    if config.data.prepared_dir:
+        places["data.prepared_dir"] = storage.absolute(config.data.prepared_dir)
+    return config.override(places)

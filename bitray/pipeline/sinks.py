@@ -1,0 +1,51 @@
+"""Which sinks a run writes to, and the one that needs Ray."""
+
+import os
+from collections.abc import Mapping
+
+from ray.util import metrics as ray_metrics
+
+from bitray import storage
+from bitray.pipeline.config import Config
+from bitray.training.metrics import Console, JsonLines, Sink, TensorBoard, WeightsAndBiases
+
+
+class RayMetrics:
+    """Gauges for the Ray dashboard and Prometheus: `bitray_train_loss{run, stage}` and so on."""
+
+    def __init__(self, run: str) -> None:
+        self.run = run
+        self.gauges: dict[str, ray_metrics.Gauge] = {}
+
+    def write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in {**metrics, "train/step": float(step)}.items():
+            if name not in self.gauges:
+                gauge = "bitray_" + "".join(c if c.isalnum() else "_" for c in name)
+                self.gauges[name] = ray_metrics.Gauge(gauge, name, tag_keys=("run", "stage"))
+            self.gauges[name].set(value, {"run": self.run, "stage": stage})
+
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
+
+
+def sinks_of(config: Config, stage: str, step: int, run_id: str) -> list[Sink]:
+    """All sinks of a stage that stands at `step`; rank 0 calls it."""
+    run_dir, name = config.run_dir, config.experiment or f"bitray_{config.model.name}"
+    sinks: list[Sink] = [
+        JsonLines(storage.join(run_dir, "metrics.jsonl"), stage, step),
+        RayMetrics(name),
+    ]
+    if config.logging.tensorboard:
+        sinks.append(TensorBoard(storage.join(run_dir, "tensorboard"), stage, step))
+    if wandb_wanted(config):
+        values = config.model_dump(mode="json")
+        sinks.append(WeightsAndBiases(config.logging.wandb.project, name, run_id, run_dir, values))
+    if step < (total := config.stages[stage].total_steps):
+        sinks.append(Console(total))
+    return sinks
+
+
+def wandb_wanted(config: Config) -> bool:
+    """Asked for, or not spoken of while a key is there."""
+    enabled = config.logging.wandb.enabled
+    return bool(os.environ.get("WANDB_API_KEY")) if enabled is None else enabled

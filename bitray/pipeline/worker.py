@@ -1,0 +1,306 @@
+"""What one Ray Train worker does: the stages it was given, one after the other, in one group."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from transformers import PreTrainedModel
+
+from bitray import checkpoint, storage
+from bitray.data.manifest import read_manifest
+from bitray.data.shards import Shards, held_out
+from bitray.data.stream import TicketStream, worker_batches
+from bitray.inference.evaluation import evaluate
+from bitray.models.batch import Batch
+from bitray.models.convert import is_bitnet, to_bitnet
+from bitray.models.isolation import check_documents_isolated
+from bitray.models.loading import (
+    build_model,
+    load_model,
+    load_teacher,
+    load_tokenizer,
+    model_files,
+)
+from bitray.models.losses import LossModel
+from bitray.pipeline.config import Config
+from bitray.pipeline.folders import StageFolder, predecessor, resume_point, teacher_of
+from bitray.pipeline.sinks import sinks_of
+from bitray.settings import UserError
+from bitray.training import state
+from bitray.training.loop import Every, Loop, autocast_for, mean_loss, seed_of
+from bitray.training.metrics import Sink
+from bitray.training.parallel import from_rank_zero, parallelize, world
+from bitray.training.state import Position
+from bitray.training.teacher import InProcessTeacher
+
+STOP = "STOP"
+"""File in the run's folder whose presence asks the workers to stop after the step."""
+STOP_SECONDS = 1.0
+EVALUATIONS = "evaluations.json"
+ORIGINAL, CONVERTED = "original", "converted"
+"""Evaluations that belong to no stage: the pretrained model, and its ternary self untrained."""
+CALIBRATION_ROWS = 4
+"""Training rows of every source that SubLN gains are fitted to."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the driver decided; the same on every worker and after every restart."""
+
+    config: Config
+    stages: tuple[str, ...]
+    fingerprint: str
+    tokenizer: str
+    prepared: dict[int, str]
+    """Row length -> folder of prepared rows."""
+    streams: dict[str, TicketStream]
+
+
+def work(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Entry point of `TorchTrainer`. What a user can put right is returned, not raised: starting
+    the worker group again would not help."""
+    job: Job = arguments["job"]
+    try:
+        for name in job.stages:
+            stage = Stage(job, name, ray.train.torch.get_device())
+            if not stage.folder.complete and not stage.run():
+                return {"stopped": name}
+    except (UserError, FloatingPointError) as error:
+        return {"error": str(error)}
+    return {}
+
+
+@dataclass
+class Stage:
+    """One stage on one worker."""
+
+    job: Job
+    name: str
+    device: torch.device
+    files: dict[str, bytes] = field(init=False)
+    """What describes the model in every checkpoint."""
+
+    def __post_init__(self) -> None:
+        self.config = self.job.config
+        self.settings = self.config.stages[self.name]
+        self.folder = StageFolder(self.config.run_dir, self.name)
+        self.autocast = autocast_for(self.device, self.settings.precision)
+        self.shards = _shards(self.job.prepared[self.settings.max_seq_length])
+        longest = _shards(self.job.prepared[max(self.job.prepared)])
+        # Of the longest rows in the run, so that the losses of its stages compare.
+        self.validation = batches_of(
+            held_out(longest, "validation", self.config.evaluation.rows), self.settings.batch_size
+        )
+
+    def run(self) -> bool:
+        """From the predecessor, or from the stage's newest checkpoint, to its end; False if it was
+        stopped on the way."""
+        torch.set_float32_matmul_precision("high" if self.settings.tf32 else "highest")
+        torch.manual_seed(seed_of(self.settings.seed, self.name))
+        model, strength = self.student()
+        check_documents_isolated(model, self.device)
+        self.files = model_files(model, load_tokenizer(self.job.tokenizer))
+        wrapped = LossModel(model, self.settings.logits_chunk).to(self.device)
+        parallelize(wrapped, self.settings, self.device)
+        loop = self.loop(wrapped, strength)
+        if loop.position.step < self.settings.total_steps:
+            tickets = worker_batches(
+                ray.train.get_dataset_shard(self.name),
+                self.job.streams[self.name].mixture,
+                *world(),
+                loop.data_step * self.settings.gradient_accumulation_steps,
+            )
+            loop.run(tickets)
+            tickets.close()
+        if not loop.stopped:
+            self.finish(loop)
+        for sink in loop.sinks:
+            sink.close()
+        return not loop.stopped
+
+    # ---------------------------------------------------------------------------- beginning
+
+    def student(self) -> tuple[PreTrainedModel, float]:
+        """The model that this stage trains, and the strength at which its predecessor ended."""
+        source = predecessor(self.config, self.name)
+        if source is None:
+            assert self.config.model.config is not None
+            model = build_model(self.config.model.config)
+        else:
+            revision = self.config.model.revision if source == self.config.model.path else None
+            model = load_model(source, revision)
+        if self.settings.dense:
+            return model, 0.0
+        assert source is not None, "a ternary stage starts from a dense model"
+        if is_bitnet(model):
+            held = checkpoint.load_state(source) if checkpoint.is_complete(source) else {}
+            return model, held.get("position", {}).get("strength", 1.0)
+        model.to(self.device)  # type: ignore[arg-type]  # transformers types `to` away
+        return self.converted(model, source), 0.0
+
+    def converted(self, model: PreTrainedModel, source: str) -> PreTrainedModel:
+        """The ternary model that a dense one becomes; both are evaluated, for the table."""
+        if source == self.config.model.path:
+            self.record(ORIGINAL, self.evaluate(LossModel(model)))
+        wanted = self.config.model.quantization
+        batch = self.calibration() if wanted.subln_init == "calibrated" else None
+        model = to_bitnet(model, wanted.subln, batch)
+        if not self.settings.convert_only:
+            self.record(CONVERTED, self.evaluate(LossModel(model)))
+        return model
+
+    def calibration(self) -> Batch:
+        """A few training rows of every source."""
+        rows = held_out(self.shards, "train", CALIBRATION_ROWS)
+        ids = np.concatenate([found for found, _ in rows.values()])
+        lengths = [one for _, found in rows.values() for one in found]
+        return Batch.from_rows(ids, lengths, [0] * len(ids)).to(self.device)
+
+    def loop(self, model: LossModel, strength: float) -> Loop:
+        """The loop at the place where it is to continue."""
+        settings = self.settings
+        optimizer = settings.optimizer.build(model)
+        position, data = Position(strength=strength, initial_strength=strength), None
+        found = from_rank_zero(lambda: resume_point(self.config, self.name))
+        if found:
+            position, data = state.resume(found, model, optimizer, settings.resume)
+        return Loop(
+            stage=self.name,
+            model=model,
+            optimizer=optimizer,
+            settings=settings,
+            device=self.device,
+            autocast=self.autocast,
+            teacher=self.teacher(),
+            position=position,
+            hooks=[
+                Every(settings.eval_every, self.on_evaluate),
+                Every(settings.save_every, self.on_save),
+            ],
+            sinks=self.sinks(found, position),
+            stop_requested=_stop_flag(self.config.run_dir),
+            data_step=data["step"] if data else 0,
+            sources=tuple(self.config.data.sources),
+        )
+
+    def sinks(self, found: str | None, position: Position) -> Sequence[Sink]:
+        """Where metrics go; on rank 0 alone, which also says how the stage begins."""
+        if world()[0] != 0:
+            return ()
+        total = self.settings.total_steps
+        if total:
+            begins = f"continues from {found}" if found else "begins"
+            print(f"{self.name:<9} {begins}, step {position.step}/{total}", flush=True)
+            if notice := self.settings.schedule.notice(total):
+                print(f"{self.name:<9} {notice}", flush=True)
+        return sinks_of(self.config, self.name, position.step, self.job.fingerprint)
+
+    def teacher(self) -> InProcessTeacher | None:
+        """The teacher, if any objective asks for one."""
+        if not (self.settings.total_steps and self.settings.objectives.needs_teacher):
+            return None
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        model = load_teacher(teacher_of(self.config), dtype, self.device)
+        return InProcessTeacher(model, self.autocast)
+
+    # ----------------------------------------------------------------------------- side work
+
+    def on_evaluate(self, loop: Loop) -> None:
+        """Held-out losses on the way; a new best is kept. The end has its own evaluation."""
+        if loop.stopped or loop.position.step >= self.settings.total_steps:
+            return
+        rows = -(-self.settings.eval_rows // self.settings.batch_size)
+        self.note(loop, self.evaluate(loop.model, rows))
+
+    def on_save(self, loop: Loop) -> None:
+        """A checkpoint of this step; old ones go."""
+        if loop.position.step < self.settings.total_steps:
+            self.save(loop, self.folder.step(loop.position.step))
+            if world()[0] == 0:
+                checkpoint.retain(self.folder.root, self.settings.keep_last)
+
+    def finish(self, loop: Loop) -> None:
+        """The last evaluation and the final checkpoint, which says that the stage has ended."""
+        if not self.settings.total_steps:
+            loop.write({"schedule/strength": loop.position.strength})
+        losses = self.evaluate(loop.model)
+        self.note(loop, losses)
+        self.record(self.name, losses)
+        self.save(loop, self.folder.final)
+
+    def evaluate(self, model: LossModel, batches: int | None = None) -> dict[str, float]:
+        """Held-out loss per domain at strength 1, on so many batches of each or on all."""
+        some = {name: found[:batches] for name, found in self.validation.items()}
+        return evaluate(model, some, self.device, self.autocast)
+
+    def note(self, loop: Loop, losses: Mapping[str, float]) -> None:
+        """Held-out losses into metrics and position."""
+        position = loop.position
+        loop.write({f"eval/{domain}_loss": loss for domain, loss in losses.items()})
+        if position.best is None or mean_loss(losses) < position.best:
+            position.best = mean_loss(losses)
+            if position.step < self.settings.total_steps:
+                self.save(loop, self.folder.best)
+
+    def save(self, loop: Loop, directory: str) -> None:
+        """A checkpoint of the loop as it stands."""
+        data: dict[str, Any] | None = None
+        if world()[0] == 0 and self.settings.total_steps:
+            actor: Any = ray.get_actor(self.job.streams[self.name].actor)
+            data = ray.get(actor.state.remote(self.name, loop.data_step))
+        held = state.as_json(loop.position, data) | {"stage": self.name, "time": time.time()}
+        state.save(directory, loop.model, loop.optimizer, held, self.files)
+        for sink in loop.sinks:
+            sink.flush()
+
+    def record(self, name: str, losses: Mapping[str, float]) -> None:
+        """Keep an evaluation for the table of the run."""
+        if world()[0] == 0:
+            known = read_evaluations(self.config.run_dir)
+            uri = storage.join(self.config.run_dir, EVALUATIONS)
+            storage.write_json(uri, {**known, name: dict(losses)})
+
+
+def read_evaluations(run_dir: str) -> dict[str, dict[str, float]]:
+    """Name of a stage (or `original`, `converted`) -> domain -> held-out loss."""
+    uri = storage.join(run_dir, EVALUATIONS)
+    return storage.read_json(uri) if storage.exists(uri) else {}
+
+
+def batches_of(
+    rows: Mapping[str, tuple[np.ndarray, list[list[int]]]], size: int
+) -> dict[str, list[Batch]]:
+    """Rows of each domain as batches."""
+    return {
+        name: [
+            Batch.from_rows(part := ids[at : at + size], lengths[at : at + size], [0] * len(part))
+            for at in range(0, len(ids), size)
+        ]
+        for name, (ids, lengths) in rows.items()
+    }
+
+
+def _shards(folder: str) -> Shards:
+    manifest = read_manifest(folder)
+    assert manifest is not None, f"{folder} was prepared by the driver"
+    return Shards(folder, manifest)
+
+
+def _stop_flag(run_dir: str) -> Callable[[], bool]:
+    """Whether somebody asked to stop; looked up by rank 0, once a second."""
+    flag, looked = storage.join(run_dir, STOP), 0.0
+
+    def asked() -> bool:
+        nonlocal looked
+        if world()[0] != 0 or time.monotonic() - looked < STOP_SECONDS:
+            return False
+        looked = time.monotonic()
+        return storage.exists(flag)
+
+    return asked

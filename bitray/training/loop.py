@@ -1,0 +1,296 @@
+"""The one training loop. Stages, objectives, optimizers, teachers and workers enter it as data."""
+
+import hashlib
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from bitray.data.tickets import Deal
+from bitray.models.batch import Batch
+from bitray.models.losses import LossModel, Term
+from bitray.nn import set_strength
+from bitray.objectives import combined_weights
+from bitray.optim import clip_grad_norm, set_learning_rates
+from bitray.settings import UserError
+from bitray.training.metrics import Sink, write_all
+from bitray.training.parallel import all_reduce_sums, synchronize_gradients, world
+from bitray.training.settings import TrainingSettings
+from bitray.training.state import Position
+from bitray.training.teacher import Teacher
+
+Tickets = Iterator[tuple[int, Batch]]
+"""Numbered micro-batches of one worker, from `data_step` on (see `data.tickets`)."""
+
+
+class Every(NamedTuple):
+    """Side work: `fn(loop)` after every `period` steps, the last one, and where a run stops."""
+
+    period: int
+    fn: Callable[["Loop"], None]
+
+
+def seed_of(*parts: object) -> int:
+    """A seed that is a function of what it is for, so that no generator has to be saved."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "big")
+
+
+class Pass(NamedTuple):
+    """One forward: a view of a micro-batch and the objectives that ride on it."""
+
+    clean: Batch
+    view: Batch
+    names: list[str]
+
+
+@dataclass
+class Window:
+    """Sums since the last log line."""
+
+    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Of this worker."""
+    counts: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Of all workers."""
+    started: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0
+    steps: int = 0
+
+
+@dataclass
+class Loop:
+    """One stage on one worker."""
+
+    stage: str
+    model: LossModel
+    optimizer: torch.optim.Optimizer
+    settings: TrainingSettings
+    device: torch.device
+    autocast: torch.autocast
+    teacher: Teacher | None = None
+    position: Position = field(default_factory=Position)
+    hooks: Sequence[Every] = ()
+    sinks: Sequence[Sink] = ()
+    stop_requested: Callable[[], bool] = lambda: False
+    """Asked on this worker before every step; one worker's yes stops all after that step."""
+    stopped: bool = False
+    data_step: int = 0
+    """Steps whose tickets have been drawn; differs from `position.step` where a resumed run was
+    told to begin its data or its counters anew."""
+    sources: Sequence[str] = ()
+    """Names of what `source_id` numbers."""
+    window: Window = field(default_factory=Window)
+
+    def run(self, tickets: Tickets) -> Position:
+        """Train until the stage's end, or until somebody asks to stop (then `stopped` is set)."""
+        self.model.train()
+        self.window = Window()
+        while self.position.step < self.settings.total_steps and not self.stopped:
+            began = time.perf_counter()
+            batches = self._draw(tickets)
+            self.window.waited += time.perf_counter() - began
+            self._step(batches)
+            self._after()
+        return self.position
+
+    # --------------------------------------------------------------------------------- a step
+
+    def _draw(self, tickets: Tickets) -> list[tuple[int, Batch]]:
+        """This worker's micro-batches of the next step."""
+        rank, size = world()
+        deal = Deal(self.settings.gradient_accumulation_steps, size)
+        wanted = deal.step(rank, self.data_step)
+        drawn = [next(tickets) for _ in wanted]
+        assert [ticket for ticket, _ in drawn] == wanted, f"the stream gave {drawn}, not {wanted}"
+        self.data_step += 1
+        return [(ticket, batch.to(self.device)) for ticket, batch in drawn]
+
+    def _step(self, batches: list[tuple[int, Batch]]) -> None:
+        settings, position = self.settings, self.position
+        step, total = position.schedule_step, settings.total_steps
+        torch.manual_seed(seed_of(settings.seed, self.stage, position.step, world()[0]))
+        position.strength = settings.strength(step, position.initial_strength)
+        set_strength(self.model, position.strength)
+        set_learning_rates(self.optimizer, settings.schedule.factor(step, total))
+        weights = combined_weights(
+            settings.objectives,
+            settings.lm_loss_weight,
+            settings.distillation_schedule,
+            step,
+            total,
+        )
+        passes = [p for ticket, batch in batches for p in self._passes(ticket, batch, weights)]
+        counts = self._count([batch for _, batch in batches], passes, weights)
+        scales = {name: weight / max(counts[name], 1.0) for name, weight in weights.items()}
+        for index, each in enumerate(passes):
+            synchronize_gradients(self.model, on=index == len(passes) - 1)
+            self._forward_backward(each, scales)
+        self._update()
+        self._note([batch for _, batch in batches], counts, weights)
+
+    def _passes(self, ticket: int, batch: Batch, weights: dict[str, float]) -> list[Pass]:
+        """One forward per distinct view; objectives with the identity view share it."""
+        passes: list[Pass] = []
+        for name in weights:
+            generator = torch.Generator(self.device)
+            generator.manual_seed(seed_of(self.settings.seed, self.stage, ticket, name))
+            view = getattr(self.settings.objectives, name).view(batch, generator)
+            for each in passes:
+                if each.view is view:
+                    each.names.append(name)
+                    break
+            else:
+                passes.append(Pass(batch, view, [name]))
+        return passes
+
+    def _count(
+        self, batches: list[Batch], passes: list[Pass], weights: dict[str, float]
+    ) -> dict[str, float]:
+        """Terms of every objective, real tokens, wishes to stop: of all workers, in one reduce."""
+        names = [*weights, "tokens", "stop"]
+        sums = torch.zeros(len(names), dtype=torch.float64, device=self.device)
+        for each in passes:
+            for name in each.names:
+                sums[names.index(name)] += getattr(self.settings.objectives, name).count(each.view)
+        sums[-2] = sum(batch.real.sum() for batch in batches)
+        sums[-1] = float(self.stop_requested())
+        counts = dict(zip(names, all_reduce_sums(sums).tolist(), strict=True))
+        if not any(counts[name] for name in weights):
+            raise UserError(
+                f"{self.stage}, step {self.position.step}: not one token to learn from in the "
+                "whole global batch; every label is masked"
+            )
+        return counts
+
+    def _forward_backward(self, each: Pass, scales: dict[str, float]) -> None:
+        terms = {"head": [], "layer": []}  # type: dict[str, list[Term]]
+        needs_teacher = False
+        for name in each.names:
+            objective = getattr(self.settings.objectives, name)
+            terms[objective.kind].append(Term(name, objective, scales[name]))
+            needs_teacher |= objective.needs_teacher
+        output = None
+        if needs_teacher:
+            assert self.teacher is not None, f"{each.names} need a teacher"
+            output = self.teacher(each.clean, bool(terms["layer"]))
+        with self.autocast:
+            loss, metrics = self.model(each.view, terms["head"], terms["layer"], output)
+        loss.backward()
+        for key, value in metrics.items():
+            self.window.sums[key] += value.double()
+
+    def _update(self) -> None:
+        """Clip and step; a gradient that is not finite is counted and leaves everything alone."""
+        position = self.position
+        limit = self.settings.max_grad_norm if self.settings.optimizer.enable_clipping else None
+        norm = clip_grad_norm(self.model.parameters(), limit).item()
+        if math.isfinite(norm):
+            self.optimizer.step()
+            position.skipped_in_a_row = 0
+            self.window.sums["grad_norm"] += norm
+        else:
+            position.skipped += 1
+            position.skipped_in_a_row += 1
+            if position.skipped_in_a_row >= self.settings.max_skipped_steps:
+                raise FloatingPointError(
+                    f"{self.stage}, step {position.step}: the gradient was not finite for "
+                    f"{position.skipped_in_a_row} steps in a row; lower the learning rate"
+                )
+        self.optimizer.zero_grad(set_to_none=True)
+        position.step += 1
+        position.schedule_step += 1
+
+    # --------------------------------------------------------------------------- after a step
+
+    def _note(
+        self, batches: list[Batch], counts: dict[str, float], weights: dict[str, float]
+    ) -> None:
+        for batch in batches if self.sources else ():
+            tokens = batch.real.sum(1).double()
+            found = torch.bincount(batch.source_id, tokens, minlength=len(self.sources))
+            for name, value in zip(self.sources, found, strict=True):
+                self.window.sums[f"tokens/{name}"] += value
+        for name, count in counts.items():
+            self.window.counts[name] += count
+        for name, weight in weights.items():
+            self.window.counts[f"weight/{name}"] = weight
+        self.window.steps += 1
+        self.position.tokens += round(counts["tokens"])
+        self.stopped = counts["stop"] > 0
+
+    def _after(self) -> None:
+        step, last = self.position.step, self.position.step >= self.settings.total_steps
+        if step % self.settings.log_every == 0 or last or self.stopped:
+            self.write(self._summary())
+            self.window = Window()
+        for hook in self.hooks:
+            if step % hook.period == 0 or last or self.stopped:
+                hook.fn(self)
+
+    def write(self, metrics: dict[str, float]) -> None:
+        """Metrics of the current step to every sink (of rank 0)."""
+        if world()[0] == 0:
+            write_all(self.sinks, self.stage, self.position.step, metrics)
+
+    def _summary(self) -> dict[str, float]:
+        """Token-weighted means over the window and over all workers."""
+        window, settings = self.window, self.settings
+        sums = _sum_over_workers({key: float(value) for key, value in window.sums.items()})
+        seconds = time.perf_counter() - window.started
+        metrics: dict[str, float] = {"train/loss": 0.0}
+        for name in (key[7:] for key in window.counts if key.startswith("weight/")):
+            count = max(window.counts[name], 1.0)
+            weight = window.counts[f"weight/{name}"]
+            mean = sums.get(f"{name}/sum", 0.0) / count
+            metrics["train/loss"] += weight * mean
+            metrics[f"train/{name}_loss"] = mean
+            metrics[f"schedule/{name}_weight"] = weight
+            for key in sums:
+                if key.startswith(f"{name}/") and not key.endswith("/sum"):
+                    metrics[f"train/{name}_{key.partition('/')[2]}"] = sums[key] / count
+        for name in self.sources:
+            metrics[f"mixture/share_{name}"] = sums[f"tokens/{name}"] / window.counts["tokens"]
+        for group in self.optimizer.param_groups:
+            metrics[f"schedule/lr_{group['name']}"] = group["lr"]
+        return metrics | {
+            "schedule/strength": self.position.strength,
+            "train/grad_norm": sums.get("grad_norm", math.nan) / world()[1] / window.steps,
+            "train/tokens": float(self.position.tokens),
+            "train/tokens_per_second": window.counts["tokens"] / seconds,
+            "train/data_wait": window.waited / seconds,
+            "train/step_seconds": seconds / window.steps,
+            "train/skipped_steps": float(self.position.skipped),
+            "train/label_share": window.counts.get("continue_pretrain", math.nan)
+            / max(window.counts["tokens"], 1.0),
+            "train/padding": 1 - window.counts["tokens"]
+            / (window.steps * settings.rows_per_step * settings.max_seq_length),
+        }  # fmt: skip
+
+
+def _sum_over_workers(sums: dict[str, float]) -> dict[str, float]:
+    """Sums by name; workers may know different names, an empty ticket none at all."""
+    parts: list[Any] = [sums]
+    if dist.is_initialized():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, sums)
+    total: dict[str, float] = defaultdict(float)
+    for part in parts:
+        for key, value in part.items():
+            total[key] += value
+    return dict(total)
+
+
+def autocast_for(device: torch.device, precision: str) -> torch.autocast:
+    """bf16 autocast over fp32 masters on GPUs, plain fp32 on CPUs, unless said otherwise."""
+    enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def mean_loss(losses: Mapping[str, float]) -> float:
+    """Mean over domains: what decides `best`."""
+    return sum(losses.values()) / len(losses)

@@ -1,0 +1,163 @@
+"""Where numbers go: a JSON-lines file, TensorBoard, Weights & Biases, and a line for people."""
+
+import json
+import logging
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from bitray import storage
+
+log = logging.getLogger("bitray")
+Metrics = Mapping[str, float]
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Takes the metrics of a step. Called on rank 0 only."""
+
+    def write(self, stage: str, step: int, metrics: Metrics) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """`metrics.jsonl` of a run, one object a line. Steps that a resumed run takes again replace
+    their first lines, so no step is there twice."""
+
+    def __init__(self, uri: str, stage: str, step: int) -> None:
+        self.uri = uri
+        remote = storage.is_remote(uri)
+        self.path = (
+            Path(tempfile.mkdtemp(prefix="bitray-")) / "metrics.jsonl" if remote else Path(uri)
+        )
+        kept = [line for line in _lines(uri) if _is_before(json.loads(line), stage, step)]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        storage.write_text(str(self.path), "".join(f"{line}\n" for line in kept))
+        self.file = self.path.open("a")
+
+    def write(self, stage: str, step: int, metrics: Metrics) -> None:
+        record = {"stage": stage, "step": step, "time": round(time.time(), 3)}
+        numbers = {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()}
+        self.file.write(json.dumps({**record, **numbers}) + "\n")
+        self.file.flush()
+
+    def flush(self) -> None:
+        if storage.is_remote(self.uri):
+            storage.upload(str(self.path), self.uri)
+
+    def close(self) -> None:
+        self.flush()
+        self.file.close()
+        if storage.is_remote(self.uri):
+            shutil.rmtree(self.path.parent)
+
+
+def _lines(uri: str) -> list[str]:
+    """The whole lines of a file; a crash may have left half of the last one."""
+    if not storage.exists(uri):
+        return []
+    return storage.read_text(uri).rpartition("\n")[0].splitlines()
+
+
+def _is_before(record: Mapping[str, Any], stage: str, step: int) -> bool:
+    return record["stage"] != stage or record["step"] <= step
+
+
+class TensorBoard:
+    """Event files, one folder a stage; steps taken again are purged."""
+
+    def __init__(self, directory: str, stage: str, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.uri = storage.join(directory, stage)
+        self.remote = storage.is_remote(directory)
+        self.path = tempfile.mkdtemp(prefix="bitray-") if self.remote else self.uri
+        self.writer = SummaryWriter(self.path, purge_step=step + 1 if step else None)
+
+    def write(self, stage: str, step: int, metrics: Metrics) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        self.writer.flush()
+        if self.remote:
+            storage.upload(self.path, self.uri)
+
+    def close(self) -> None:
+        self.flush()
+        self.writer.close()
+        if self.remote:
+            shutil.rmtree(self.path)
+
+
+class WeightsAndBiases:
+    """One W&B run over all stages and restarts. A failing tracker never costs a step."""
+
+    def __init__(self, project: str, name: str, run_id: str, directory: str, config: Any) -> None:
+        import wandb
+
+        online = bool(os.environ.get("WANDB_API_KEY")) or os.environ.get("WANDB_MODE") == "online"
+        self.run = wandb.init(
+            project=project, name=name, id=run_id, resume="allow", config=config,
+            dir=tempfile.mkdtemp(prefix="bitray-") if storage.is_remote(directory) else directory,
+            mode="online" if online else "offline",
+        )  # fmt: skip
+
+    def write(self, stage: str, step: int, metrics: Metrics) -> None:
+        self.run.log(
+            {f"{stage}/{name}": v for name, v in metrics.items()} | {f"{stage}/step": step}
+        )
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Console:
+    """One readable line: stage, step, loss, rate, time left."""
+
+    def __init__(self, total_steps: int, say: Callable[[str], None] = print) -> None:
+        self.total_steps, self.say = total_steps, say
+        self.started: tuple[float, int] | None = None
+
+    def write(self, stage: str, step: int, metrics: Metrics) -> None:
+        evaluated = {k: v for k, v in metrics.items() if k.startswith("eval/")}
+        if evaluated:
+            shown = "  ".join(
+                f"{k[5:].removesuffix('_loss')} {v:.3f}" for k, v in evaluated.items()
+            )
+            self.say(f"{stage:<9} step {step}/{self.total_steps}  held out: {shown}")
+        if "train/loss" not in metrics:
+            return
+        now = time.monotonic()
+        self.started = self.started or (now, step)
+        rate = metrics.get("train/tokens_per_second", 0.0)
+        self.say(
+            f"{stage:<9} step {step}/{self.total_steps}  loss {metrics['train/loss']:.3f}  "
+            f"{rate / 1000:.1f}k tokens/s  {self._left(now, step)} left"
+        )
+
+    def _left(self, now: float, step: int) -> str:
+        assert self.started is not None
+        since, first = self.started
+        if step == first:
+            return "?"
+        seconds = (self.total_steps - step) * (now - since) / (step - first)
+        return time.strftime("%H:%M:%S" if seconds >= 3600 else "%M:%S", time.gmtime(seconds))
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def write_all(sinks: Sequence[Sink], stage: str, step: int, metrics: Metrics) -> None:
+    """The same numbers to every sink."""
+    for sink in sinks:
+        sink.write(stage, step, metrics)

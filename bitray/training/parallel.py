@@ -1,0 +1,78 @@
+"""How a model is laid over the workers: checkpointed, compiled, then sharded - in that order."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from bitray.models.families import decoder_layers
+from bitray.models.losses import LossModel
+from bitray.training.settings import TrainingSettings
+
+T = TypeVar("T")
+
+
+def world() -> tuple[int, int]:
+    """(rank, world size) of the default process group; (0, 1) without one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def parallelize(model: LossModel, settings: TrainingSettings, device: torch.device) -> LossModel:
+    """Lay the model over the workers, in place. One worker is not sharded."""
+    layers = decoder_layers(model.model)
+    if settings.torch_compile.enabled:
+        _compile(layers, settings)
+    if settings.activation_checkpointing:
+        # Outside of the compiled forward and of our own hooks, which must run once and not again
+        # in the recomputation.
+        for index, layer in enumerate(layers):
+            layers[index] = checkpoint_wrapper(layer, preserve_rng_state=False)
+    if world()[1] > 1:
+        _shard(model, layers, device)
+    return model
+
+
+def _compile(layers: nn.ModuleList, settings: TrainingSettings) -> None:
+    options = settings.torch_compile
+    for layer in layers:
+        # The forward, not the module: names in state dicts and hooks stay as they are.
+        layer.forward = torch.compile(layer.forward, mode=options.mode, fullgraph=options.fullgraph)
+
+
+def _shard(model: LossModel, layers: nn.ModuleList, device: torch.device) -> None:
+    """FSDP2. Masters are gathered in fp32: the ternary decision is taken from them (SEMANTICS)."""
+    mesh = init_device_mesh(device.type, (world()[1],))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Losses are divided by global counts already, so gradients are summed, not averaged.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def synchronize_gradients(model: nn.Module, on: bool) -> None:
+    """Reduce gradients in the next backward or keep accumulating (no effect on one worker)."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(on)
+
+
+def from_rank_zero(ask: Callable[[], T]) -> T:
+    """What `ask` answers on rank 0, on every worker."""
+    answer: list[Any] = [ask() if world()[0] == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer, src=0)
+    return cast(T, answer[0])
+
+
+def all_reduce_sums(values: torch.Tensor) -> torch.Tensor:
+    """Sum over workers, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values

@@ -1,0 +1,182 @@
+"""The mixture actor: gates that wait, generations that fence, a journal that outlives it."""
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bitray.data.actor import MixtureActor, mixture_actor
+from bitray.data.mixture import Fenced, StageMixture
+from bitray.data.plan import MixturePlan, SourceSize, opening
+from bitray.settings import UserError
+
+SIZES = {"a": SourceSize(90, 900), "b": SourceSize(400, 3000)}
+WEIGHTS = {"a": 0.25, "b": 0.75}
+
+
+def stage(**changes: Any) -> StageMixture:
+    values: dict[str, Any] = {
+        "seed": 0,
+        "manifest": "m",
+        "sizes": SIZES,
+        "weights": WEIGHTS,
+        "length": 16,
+        "steps": 50,
+        "rows_per_ticket": 2,
+        "tickets_per_step": 4,
+        "bundle": 4,
+        "lead": 4,
+    }
+    return StageMixture(**{**values, **changes})
+
+
+def test_tickets_are_planned_as_the_plan_says(tmp_path: Path) -> None:
+    async def story() -> None:
+        actor = MixtureActor(str(tmp_path))
+        generation = await actor.open("stage2", stage())
+        found = await actor.plan("stage2", generation, [3, 5, 7])
+        plan = MixturePlan(0, SIZES, [opening(SIZES, WEIGHTS)])
+        for at, ticket in enumerate([3, 5, 7]):
+            rows = plan.rows(ticket * 2, 2)
+            assert found is not None and found["row"].shape == (3, 2)
+            assert (found["row"][at] == rows.row).all()
+            assert (found["source"][at] == rows.source).all()
+
+    asyncio.run(story())
+
+
+def test_planning_waits_for_the_decision_and_no_longer(tmp_path: Path) -> None:
+    async def story() -> None:
+        actor = MixtureActor(str(tmp_path))
+        generation = await actor.open("s", stage(period=10))
+        first_undecided = (10 + 4) * 4
+        assert await actor.plan("s", generation, [first_undecided - 1]) is not None
+        assert await actor.plan("s", generation, [first_undecided], timeout=0.05) is None
+        waiting = asyncio.create_task(actor.plan("s", generation, [first_undecided]))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        await actor.set_weights("s", 10, {"a": 1.0})
+        found = await asyncio.wait_for(waiting, 1)
+        assert found is not None and (found["source"] == 0).all()
+
+    asyncio.run(story())
+
+
+def test_a_replaced_generation_is_turned_away_even_while_it_waits(tmp_path: Path) -> None:
+    async def story() -> None:
+        actor = MixtureActor(str(tmp_path))
+        old = await actor.open("s", stage(period=10))
+        waiting = asyncio.create_task(actor.plan("s", old, [199]))
+        await asyncio.sleep(0.05)
+        new = await actor.open("s", stage(period=10))
+        assert new > old
+        with pytest.raises(Fenced, match="generation 1 has been replaced by 2"):
+            await waiting
+        with pytest.raises(Fenced):
+            await actor.plan("s", old, [0])
+
+    asyncio.run(story())
+
+
+def test_a_stage_begins_where_the_one_before_it_ends(tmp_path: Path) -> None:
+    async def story() -> None:
+        actor = MixtureActor(str(tmp_path))
+        first = await actor.open("one", stage(period=40))
+        second = await actor.open("two", stage(after="one", steps=10))
+        assert await actor.plan("two", second, [0], timeout=0.05) is None
+        waiting = asyncio.create_task(actor.plan("two", second, [0]))
+        await actor.set_weights("one", 40, {"b": 1.0})
+        assert await asyncio.wait_for(waiting, 1) is not None
+        assert await actor.plan("one", first, [199]) is not None
+        ends = MixturePlan(0, SIZES, _entries(await actor.journal("one"))).cursors(400)
+        assert (await actor.journal("two"))[0]["cursors"] == ends
+
+    asyncio.run(story())
+
+
+def _entries(journal: list[dict[str, Any]]) -> list[Any]:
+    from bitray.data.plan import Entry
+
+    return [Entry.from_json(entry) for entry in journal]
+
+
+def test_once_the_next_stage_has_begun_nothing_moves_the_end_of_the_one_before(
+    tmp_path: Path,
+) -> None:
+    async def story() -> None:
+        actor = MixtureActor(str(tmp_path))
+        await actor.open("one", stage())
+        second = await actor.open("two", stage(after="one"))
+        await actor.plan("two", second, [0])
+        entry = await actor.set_weights("one", 3, {"b": 1.0})
+        assert entry["first_row"] >= 50 * 8
+
+    asyncio.run(story())
+
+
+def test_an_actor_started_again_goes_on(tmp_path: Path) -> None:
+    async def story() -> None:
+        actor = MixtureActor(str(tmp_path))
+        generation = await actor.open("one", stage(period=10))
+        await actor.open("two", stage(after="one"))
+        await actor.set_weights("one", 10, {"a": 0.5, "b": 0.5}, {"score": 1.5})
+        before = await actor.plan("one", generation, list(range(80)))
+        again = MixtureActor(str(tmp_path))
+        after = await again.plan("one", generation, list(range(80)))
+        assert before is not None and after is not None
+        assert all((before[key] == after[key]).all() for key in before)
+        assert await again.journal("one") == await actor.journal("one")
+        assert await again.open("two", stage(after="one")) == 2
+
+    asyncio.run(story())
+
+
+def test_a_lost_actor_never_changes_rows_it_has_handed_out(tmp_path: Path) -> None:
+    """Without gates the promise is written down before rows are given."""
+
+    async def story() -> None:
+        actor = MixtureActor(str(tmp_path))
+        generation = await actor.open("s", stage())
+        before = await actor.plan("s", generation, list(range(100)))
+        again = MixtureActor(str(tmp_path))
+        await again.set_weights("s", 1, {"b": 1.0})
+        after = await again.plan("s", generation, list(range(100)))
+        assert before is not None and after is not None
+        assert (before["row"] == after["row"]).all()
+
+    asyncio.run(story())
+
+
+def test_an_unknown_stage_is_named(tmp_path: Path) -> None:
+    async def story() -> None:
+        actor = MixtureActor(str(tmp_path))
+        await actor.open("stage2", stage())
+        with pytest.raises(UserError, match="no stage 'stage3' has been opened"):
+            await actor.state("stage3", 0)
+
+    asyncio.run(story())
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_killed_actor_comes_back_with_its_journal(tmp_path: Path) -> None:
+    import ray
+
+    actor = mixture_actor("mixture-test", str(tmp_path))
+    generation = ray.get(actor.open.remote("s", stage(period=10)))
+    ray.get(actor.set_weights.remote("s", 10, {"a": 1.0}))
+    tickets = list(range(40, 72))
+    before = ray.get(actor.plan.remote("s", generation, tickets))
+    ray.kill(actor, no_restart=False)
+    after = ray.get(ray.get_actor("mixture-test").plan.remote("s", generation, tickets), timeout=60)
+    assert all((before[key] == after[key]).all() for key in before)
+    with pytest.raises(UserError, match="step 17 is not a step of decision; the next is 20"):
+        ray.get(actor.set_weights.remote("s", 17, None))
+    began = time.perf_counter()
+    for _ in range(100):
+        ray.get(actor.plan.remote("s", generation, tickets[:8]))
+    assert (time.perf_counter() - began) / 100 < 0.1  # about 1 ms on an idle machine
+    assert np.unique(after["source"]).tolist() == [0, 1]

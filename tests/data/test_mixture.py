@@ -1,0 +1,249 @@
+"""Decisions, gates, checkpoints: the control plane under any order of events."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from bitray.data.mixture import Mixture, StageMixture
+from bitray.data.plan import SourceSize
+from bitray.data.tickets import EMPTY, Deal, least_lead
+from bitray.settings import UserError
+
+SIZES = {"a": SourceSize(90, 900), "b": SourceSize(40, 300), "c": SourceSize(777, 7000)}
+
+
+def stage(**changes: Any) -> StageMixture:
+    values: dict[str, Any] = {
+        "seed": 0,
+        "manifest": "m",
+        "sizes": SIZES,
+        "weights": {"a": 0.5, "b": 0.25, "c": 0.25},
+        "length": 16,
+        "steps": 60,
+        "rows_per_ticket": 2,
+        "tickets_per_step": 4,
+        "bundle": 4,
+        "lead": 4,
+        "max_workers": 2,
+    }
+    return StageMixture(**{**values, **changes})
+
+
+def opened(**changes: Any) -> Mixture:
+    return Mixture.opened(stage(**changes), 1, None)
+
+
+def through_json(values: Any) -> Any:
+    return json.loads(json.dumps(values))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4, 5, 7])
+def test_a_step_is_dealt_whole_to_any_number_of_workers(workers: int) -> None:
+    deal = Deal(tickets_per_step=4, world_size=workers)
+    for step in (0, 3):
+        dealt = [deal.step(rank, step) for rank in range(workers)]
+        assert {len(mine) for mine in dealt} == {deal.micro_batches}
+        real = [ticket for mine in dealt for ticket in mine if ticket != EMPTY]
+        assert sorted(real) == list(range(4 * step, 4 * step + 4))
+
+
+def test_a_lead_that_would_deadlock_is_refused() -> None:
+    assert least_lead(bundle=8, max_workers=4, tickets_per_step=16) == 4
+    stage(bundle=8, max_workers=4, tickets_per_step=16, lead=4)
+    with pytest.raises(UserError, match=r"lead: 3 steps are too few .* give at least 4"):
+        stage(bundle=8, max_workers=4, tickets_per_step=16, lead=3)
+
+
+def test_gates_open_decision_by_decision() -> None:
+    mixture = opened(period=10)
+    assert mixture.next_decision == 10
+    assert mixture.decided == (10 + 4) * 8
+    entry = mixture.decide(10, {"a": 1.0})
+    assert entry.first_row == (10 + 4) * 8
+    assert mixture.decided == (20 + 4) * 8
+    mixture.decide(20, None)
+    assert [e.version for e in mixture.plan.journal] == [0, 1, 1]
+    for step in (30, 40, 50):
+        mixture.decide(step, None)
+    assert mixture.decided == mixture.stage.end
+
+
+def test_without_gates_everything_is_decided_and_nothing_handed_out_changes() -> None:
+    mixture = opened()
+    assert mixture.decided == mixture.stage.end
+    assert mixture.reserve(200)
+    before = mixture.plan.rows(0, 480)
+    entry = mixture.decide(3, {"c": 1.0})
+    assert entry.first_row >= mixture.reserved - 8
+    untouched = min(480, entry.first_row)
+    assert (mixture.plan.rows(0, 480).row[:untouched] == before.row[:untouched]).all()
+
+
+def test_a_decision_said_twice_is_one_and_another_is_refused() -> None:
+    mixture = opened(period=10)
+    first = mixture.decide(10, {"a": 1.0, "c": 3.0}, {"score": [0.1, 0.2]})
+    assert mixture.decide(10, {"a": 1.0, "c": 3.0}, {"score": [0.1, 0.2]}) == first
+    assert len(mixture.plan.journal) == 2
+    with pytest.raises(UserError, match="step 10 has already been decided differently"):
+        mixture.decide(10, {"b": 1.0})
+    with pytest.raises(UserError, match="step 17 is not a step of decision; the next is 20"):
+        mixture.decide(17, None)
+
+
+def test_bounds_hold_for_what_is_decided() -> None:
+    mixture = opened(period=10, bounds=(0.05, 0.6))
+    shares = np.array(mixture.decide(10, {"a": 1.0}).weights) / 4096
+    assert shares.sum() == 1 and shares.min() >= 0.05 and shares.max() <= 0.6
+
+
+def test_decisions_after_the_checkpoint_are_dropped_and_taken_again() -> None:
+    mixture = opened(period=10)
+    mixture.decide(10, {"a": 1.0})
+    state = through_json(mixture.state(12))
+    mixture.decide(20, {"b": 1.0})
+    final = mixture.plan.rows(0, 480)
+    again = Mixture.opened(mixture.stage, 2, state, earlier=mixture)
+    assert again.next_decision == 20 and again.decided == (20 + 4) * 8
+    again.decide(20, {"b": 1.0})
+    assert again.plan.journal == mixture.plan.journal
+    assert (again.plan.rows(0, 480).row == final.row).all()
+
+
+def test_without_gates_what_somebody_set_survives_a_restart_of_the_workers() -> None:
+    mixture = opened()
+    mixture.reserve(40)
+    state = through_json(mixture.state(3))
+    mixture.decide(5, {"c": 1.0})
+    again = Mixture.opened(mixture.stage, 2, state, earlier=mixture)
+    assert again.plan.journal == mixture.plan.journal
+
+
+def test_a_restarted_holder_answers_as_the_lost_one() -> None:
+    mixture = opened(period=10)
+    mixture.decide(10, {"a": 0.3, "b": 0.7}, {"why": ("x", 1)})
+    copy = Mixture.from_json(through_json(mixture.to_json()))
+    assert copy.stage == mixture.stage and copy.plan.journal == mixture.plan.journal
+    assert copy.decided == mixture.decided
+
+
+def test_a_checkpoint_before_its_steps_decision_is_a_mistake_of_ours() -> None:
+    mixture = opened(period=10)
+    mixture.state(9)
+    with pytest.raises(AssertionError, match="step 10 is not decided"):
+        mixture.state(10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"manifest": "other"}, "the prepared data was m"),
+        ({"seed": 5}, "the seed of the data order was 0"),
+        ({"rows_per_ticket": 3}, "the global batch in rows was 8"),
+    ],
+)
+def test_a_state_of_other_data_is_refused(changes: dict[str, Any], said: str) -> None:
+    state = through_json(opened().state(5))
+    with pytest.raises(UserError, match=said):
+        Mixture.opened(stage(**changes), 2, state)
+
+
+def test_the_micro_batch_may_change_on_resume() -> None:
+    mixture = opened()
+    state = through_json(mixture.state(5))
+    again = Mixture.opened(stage(rows_per_ticket=1, tickets_per_step=8), 2, state)
+    assert (again.plan.rows(40, 100).row == mixture.plan.rows(40, 100).row).all()
+
+
+def test_too_few_rows_for_the_stage_is_said_before_it_starts() -> None:
+    with pytest.raises(UserError, match="max_epochs: 1 epochs of the sources hold 907 rows"):
+        opened(max_epochs=1, steps=200)
+
+
+class Training(RuleBasedStateMachine):
+    """Steps, decisions, checkpoints, crashes, other numbers of workers, lost holders."""
+
+    PERIOD = 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixture = opened(period=self.PERIOD)
+        self.done = 0
+        self.saved: dict[str, Any] | None = None
+        self.saved_at = 0
+        self.workers = 1
+        self.trained: list[tuple[int, ...]] = []
+        """Per step, the rows of its global batch."""
+
+    @rule()
+    @precondition(lambda self: self.done < self.mixture.stage.steps)
+    def step(self) -> None:
+        size = self.mixture.stage.rows_per_step
+        deal = Deal(self.mixture.stage.tickets_per_step, self.workers)
+        rows: list[tuple[int, int, int, int]] = []
+        for rank in range(self.workers):
+            for ticket in deal.step(rank, self.done):
+                if ticket != EMPTY:
+                    assert (ticket + 1) * 2 <= self.mixture.decided, (
+                        "a worker would wait for itself"
+                    )
+                    found = self.mixture.plan.rows(ticket * 2, 2)
+                    rows += [
+                        (ticket, *row)
+                        for row in zip(*(part.tolist() for part in found), strict=True)
+                    ]
+        assert len(rows) == size
+        self.trained.append(tuple(sum((row[1:] for row in sorted(rows)), ())))
+        self.done += 1
+        if self.done == self.mixture.next_decision:
+            # What is decided is a function of what was trained, as influence is.
+            seen = np.array(self.trained[-1][::3]).sum()
+            weights = {"a": 1.0, "b": float(seen % 3), "c": 1.0} if seen % 2 else None
+            self.mixture.decide(self.done, weights)
+
+    @rule()
+    def checkpoint(self) -> None:
+        self.saved, self.saved_at = through_json(self.mixture.state(self.done)), self.done
+
+    @rule(workers=st.integers(1, 5))
+    def crash_and_resume(self, workers: int) -> None:
+        generation = self.mixture.generation + 1
+        self.mixture = Mixture.opened(
+            self.mixture.stage, generation, self.saved, earlier=self.mixture
+        )
+        self.done, self.workers = self.saved_at, workers
+        del self.trained[self.saved_at :]
+
+    @rule()
+    def lose_the_holder(self) -> None:
+        self.mixture = Mixture.from_json(through_json(self.mixture.to_json()))
+
+    @invariant()
+    def as_if_nothing_had_happened(self) -> None:
+        clean = reference()
+        assert self.trained == clean[: self.done]
+        assert [e.first_row for e in self.mixture.plan.journal] == sorted(
+            e.first_row for e in self.mixture.plan.journal
+        )
+
+
+_clean: list[tuple[int, ...]] = []
+
+
+def reference() -> list[tuple[int, ...]]:
+    """The run without any fault, on one worker."""
+    if not _clean:
+        machine = Training()
+        _clean.append(())  # the machine's own invariant must not come back here
+        while machine.done < machine.mixture.stage.steps:
+            machine.step()
+        _clean[:] = machine.trained
+    return _clean
+
+
+TestTraining = Training.TestCase
+TestTraining.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)

@@ -1,0 +1,70 @@
+"""The Ray job: the same bytes as in one process, done once, and errors in one sentence."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bitray.data import DataSettings, train_tokenizer
+from bitray.data.job import plan_job, run_job
+from bitray.data.prepare import prepare, prepared_identity
+from bitray.data.units import in_process
+from bitray.settings import UserError
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+TEXTS = [f"document {k} of many, {k * k} " + "word " * (k % 40) for k in range(400)]
+TOKENIZER = train_tokenizer(TEXTS, 265)
+
+
+@pytest.fixture
+def tokenizer(tmp_path) -> str:
+    folder = tmp_path / "tokenizer"
+    TOKENIZER.save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}')  # a model's folder
+    return str(folder)
+
+
+@pytest.fixture
+def data(tmp_path) -> DataSettings:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for k in range(4):
+        rows = [json.dumps({"text": text}) + "\n" for text in TEXTS[k::4]]
+        (folder / f"{k}.jsonl").write_text("".join(rows))
+    sources = {
+        "files": {"path": str(folder)},
+        "sums": {"type": "embedded", "domain": "arithmetic", "max_documents": 200},
+    }
+    return DataSettings(sources=sources, unit_bytes=8_000)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def test_it_does_its_work_once_and_as_one_process_would(data, tokenizer, tmp_path, capsys):
+    root, alone = tmp_path / "root", tmp_path / "alone"
+    manifest = prepare(data, tokenizer, 64, str(root))
+    assert "tokens/s" in capsys.readouterr().out
+    run_job(plan_job(data, TOKENIZER, 64, str(alone)), in_process)
+    assert contents(root) == contents(alone)
+    assert len(list(root.glob("files/unit-*.json"))) > 2
+
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    assert prepare(data, tokenizer, 64, str(root)) == manifest
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
+    assert prepared_identity(data, tokenizer, 64) == manifest.identity()
+    with pytest.raises(UserError, match="length differs"):
+        prepare(data, tokenizer, 32, str(root))
+
+
+def test_a_damaged_file_stops_it_with_one_sentence_and_loses_nothing(data, tokenizer, tmp_path):
+    broken = tmp_path / "corpus" / "9.parquet"
+    broken.write_bytes(b"PAR1 but not really")
+    with pytest.raises(UserError, match=r"9\.parquet: .*damaged") as error:
+        prepare(data, tokenizer, 64, str(tmp_path / "root"))
+    assert "\n" not in str(error.value)
+    broken.unlink()
+    manifest = prepare(data, tokenizer, 64, str(tmp_path / "root"))
+    assert manifest.sources["files"].input_rows == len(TEXTS)

@@ -1,0 +1,126 @@
+"""Shards give back the rows that were written, in any order, and notice damage."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bitray import storage
+from bitray.data import Manifest, Row, Shards, held_out
+from bitray.data import shards as module
+from bitray.data.manifest import Counts, Shard, SourceManifest
+from bitray.data.shards import ShardWriter
+from bitray.settings import UserError
+
+LENGTH = 16
+
+
+def some_rows(count: int, seed: int) -> list[Row]:
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        lengths = rng.integers(1, 6, size=3).tolist()
+        ids = np.zeros(LENGTH, np.int32)
+        ids[: sum(lengths)] = rng.integers(1, 1 << 20, sum(lengths))
+        rows.append(Row(ids, lengths))
+    return rows
+
+
+def written(root: str, shards: list[list[Row]]) -> Manifest:
+    """A prepared folder of one source `s` whose `train` rows are in the given shards."""
+    found = []
+    for number, rows in enumerate(shards):
+        writer = ShardWriter(LENGTH)
+        writer.add(rows)
+        data = writer.close()
+        name = f"s/train-{number:06d}.arrow"
+        storage.write_bytes(storage.join(root, name), data.to_pybytes())
+        found.append(Shard(name=name, rows=len(rows), size=data.size, sha256="0" * 64))
+    total = sum(map(len, shards))
+    counts = Counts(documents=3 * total, tokens=9 * total, rows=total, shards=tuple(found))
+    splits = {"train": counts, "probe": Counts(), "validation": Counts()}
+    return Manifest(
+        job="x", length=LENGTH, group_rows=module.group_rows(LENGTH), tokenizer="t", vocab_size=9,
+        eos_token_id=0, made_from={}, sources={"s": SourceManifest(splits=splits)},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def small_groups(monkeypatch):
+    """Row groups of 4 rows, so that a few rows span several."""
+    monkeypatch.setattr(module, "GROUP_TOKENS", 4 * LENGTH)
+
+
+def assert_equal(read: tuple[np.ndarray, list[list[int]]], expected: list[Row]) -> None:
+    ids, lengths = read
+    assert ids.dtype == np.int32
+    assert ids.shape == (len(expected), LENGTH)
+    assert all(np.array_equal(a, row.input_ids) for a, row in zip(ids, expected, strict=True))
+    assert lengths == [row.lengths for row in expected]
+
+
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_rows_come_back_in_any_order(tmp_path, small_groups, where, request):
+    root = str(tmp_path) if where == "local" else f"{request.getfixturevalue('s3')}/prepared"
+    rows = some_rows(30, seed=0)
+    manifest = written(root, [rows[:10], rows[10:11], rows[11:]])
+    cache = tmp_path / "cache"
+    group_bytes = 4 * 4 * LENGTH
+    shards = Shards(root, manifest, cache_dir=str(cache), cache_bytes=3 * group_bytes)
+    assert shards.num_rows("s", "train") == 30
+    order = np.random.default_rng(1).permutation(30)
+    assert_equal(shards.read("s", "train", order), [rows[k] for k in order])
+    assert_equal(shards.read("s", "train", [9, 9, 10, 11]), [rows[k] for k in (9, 9, 10, 11)])
+    assert_equal(shards.read("s", "train", []), [])
+    if where == "s3":
+        kept = [path for path in cache.rglob("*") if path.is_file()]
+        assert 0 < len(kept) <= 3, "the cache keeps to its size"
+
+
+def test_rows_that_do_not_exist_are_refused(tmp_path):
+    shards = Shards(str(tmp_path), written(str(tmp_path), [some_rows(3, 0)]))
+    for row in (-1, 3):
+        with pytest.raises(IndexError, match="3 rows"):
+            shards.read("s", "train", [row])
+    with pytest.raises(UserError, match="nearest: 's'"):
+        shards.num_rows("ss", "train")
+
+
+def test_the_same_rows_give_the_same_bytes(tmp_path):
+    rows = some_rows(5, 0)
+    for folder in ("a", "b"):
+        written(str(tmp_path / folder), [rows])
+    first, second = (Path(tmp_path, f, "s/train-000000.arrow").read_bytes() for f in "ab")
+    assert first == second
+
+
+@pytest.mark.parametrize("harm", ["gone", "cut", "not arrow"])
+def test_a_damaged_shard_is_named(tmp_path, harm):
+    manifest = written(str(tmp_path), [some_rows(50, 0)])
+    path = tmp_path / "s/train-000000.arrow"
+    data = path.read_bytes()
+    path.unlink()
+    if harm != "gone":
+        path.write_bytes(data[: len(data) // 2] if harm == "cut" else b"x" * len(data))
+    with pytest.raises(UserError, match=r"train-000000\.arrow is missing or damaged"):
+        Shards(str(tmp_path), manifest).read("s", "train", [0])
+
+
+def test_held_out_rows_are_spread_over_each_source(tmp_path):
+    rows = some_rows(6, 0)
+    shards = Shards(str(tmp_path), written(str(tmp_path), [rows]))
+    assert held_out(shards, "validation") == {}
+    assert_equal(held_out(shards, "train")["s"], rows)
+    assert_equal(held_out(shards, "train", max_rows=3)["s"], rows[::2])
+
+
+def test_a_row_takes_less_than_a_tenth_of_a_millisecond(tmp_path):
+    rows = some_rows(5000, 0)
+    shards = Shards(str(tmp_path), written(str(tmp_path), [rows]))
+    order = np.random.default_rng(0).permutation(5000).reshape(-1, 8)
+    shards.read("s", "train", order[0])
+    start = time.process_time()
+    for ticket in order:
+        shards.read("s", "train", ticket)
+    assert (time.process_time() - start) / 5000 < 1e-4

@@ -1,0 +1,184 @@
+"""Sources read every document once, whatever the format and the units, and name what is wrong."""
+
+import gzip
+import json
+import tempfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
+
+from bitray import storage
+from bitray.data import formats
+from bitray.data.formats import Found
+from bitray.data.sources import EmbeddedSource, LocalSource, Source, Unit
+from bitray.settings import UserError
+
+TEXTS = ["one", "zwei\nZeilen", "drei\u2028 \u00e4\u00f6\u00fc", "NUL \0 inside", "x" * 5000, "end"]
+
+
+def lines(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+def write(path: Path, texts: list[str]) -> Path:
+    data = lines(texts)
+    match path.suffix:
+        case ".parquet":
+            pq.write_table(pa.table({"text": texts}), path, row_group_size=2)
+        case ".gz":
+            path.write_bytes(gzip.compress(data))
+        case ".zst":
+            path.write_bytes(zstandard.compress(data))
+        case ".jsonl":
+            path.write_bytes(data)
+        case ".txt":
+            path.write_bytes("\n---\n".join(texts).encode())
+    return path
+
+
+def read(source: LocalSource, unit_bytes: int = 1 << 26) -> list[Found]:
+    units = source.units("s", source.inputs(), unit_bytes)
+    return [found for unit in units for part in unit.parts for found in source.read(part)]
+
+
+def texts(found: list[Found]) -> list[str | None]:
+    return [one.text for one in found]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt"])
+def test_every_format_yields_the_same_documents(tmp_path, name):
+    path = write(tmp_path / name, TEXTS)
+    source = LocalSource(path=str(path), document_separator="\n---\n")
+    assert texts(read(source)) == TEXTS
+
+
+def test_a_text_file_is_one_document(tmp_path):
+    (tmp_path / "b.txt").write_bytes("\ufeffwith a byte order mark\n\nand more".encode())
+    found = read(LocalSource(path=str(tmp_path)))
+    assert texts(found) == ["with a byte order mark\n\nand more"]
+
+
+def test_separators_across_read_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "_CHUNK", 3)
+    path = write(tmp_path / "a.txt", TEXTS)
+    assert texts(read(LocalSource(path=str(path), document_separator="\n---\n"))) == TEXTS
+
+
+def test_a_folder_is_read_whole_and_in_an_order_that_does_not_move_with_it(tmp_path):
+    orders = []
+    for folder in ("here", "there/deeper"):
+        for k in range(12):
+            file = tmp_path / folder / f"{k % 3}" / f"{k:02}.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write(file, [f"document {k}"])
+        orders.append(texts(read(LocalSource(path=str(tmp_path / folder)))))
+    assert sorted(orders[0]) == sorted(f"document {k}" for k in range(12))
+    assert orders[0] == orders[1] != sorted(orders[0])
+
+
+def test_columns_are_joined(tmp_path):
+    rows = [{"q": "Why?", "a": "So."}, {"q": "Why?", "a": None}, {"q": "", "a": ""}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
+    for name in ("a.jsonl", "b.parquet"):
+        path = str(tmp_path / name)
+        source = LocalSource(path=path, columns=("q", "a"), separator=" | ")
+        assert texts(read(source)) == ["Why? | So.", "Why?", ""]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text(max_size=30), min_size=1, max_size=40), st.integers(1, 200))
+def test_big_files_are_cut_without_losing_or_doubling_a_document(documents, unit_bytes):
+    documents = [text.encode("utf-8", "ignore").decode() for text in documents]
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("a.jsonl", "b.parquet"):
+            source = LocalSource(path=str(write(Path(folder) / name, documents)))
+            assert texts(read(source, unit_bytes)) == documents
+
+
+def test_units_are_near_the_wanted_size_and_travel_as_json(tmp_path):
+    for k in range(40):
+        write(tmp_path / f"{k}.jsonl", ["x" * 90])
+    write(tmp_path / "big.jsonl", ["y" * 90] * 100)
+    source = LocalSource(path=str(tmp_path))
+    units = source.units("s", source.inputs(), 1000)
+    assert len({unit.number for unit in units}) == len(units) > 10
+    assert max(sum(part.size for part in unit.parts) for unit in units) <= 1000
+    assert [Unit.load(unit.dump()) for unit in units] == units
+
+
+def test_bad_rows_are_named_and_cost_nothing_else(tmp_path):
+    bad = [b"{broken", b'{"text": "\xff\xfe"}', b'{"txt": "a"}', b'{"text": 3}', b"[1]",
+           b'{"text": "\\ud800"}', b"[" * 100_000]  # fmt: skip
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "good"}\n\n' + b"\n".join(bad) + b'\n{"text": "also good"}')
+    found = read(LocalSource(path=str(path)))
+    assert [one.text for one in found if one.text is not None] == ["good", "also good"]
+    problems = [one.problem for one in found if one.text is None]
+    assert [word in p for word, p in zip(
+        ["not JSON", "UTF-8", "no column 'text' (nearest: 'txt')", "int, not text", "list", "UTF-8",
+         "not JSON"], problems, strict=True)] == [True] * 7  # fmt: skip
+    assert found[1].place == f"{path}:3"
+
+
+def test_bad_text_in_parquet_costs_one_row(tmp_path):
+    data = pa.array([b"fine", b"\xff\xff", b"fine too"]).view(pa.utf8())
+    pq.write_table(pa.table({"text": data}), tmp_path / "a.parquet")
+    found = read(LocalSource(path=str(tmp_path / "a.parquet")))
+    assert texts(found) == ["fine", None, "fine too"]
+    assert found[1] == Found(f"{tmp_path}/a.parquet row 1", None, "not valid UTF-8")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+@pytest.mark.parametrize("harm", ["cut", "scrambled"])
+def test_a_damaged_file_stops_with_its_name(tmp_path, name, harm):
+    path = write(tmp_path / name, [f"{k} {k * k}" for k in range(3000)])
+    data = path.read_bytes()
+    middle = len(data) // 2
+    path.write_bytes(
+        data[:middle] if harm == "cut" else data[:middle] + b"\0" * 64 + data[middle + 64 :]
+    )
+    with pytest.raises(UserError, match=name) as error:
+        read(LocalSource(path=str(path)))
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_path_names_what_is_near(tmp_path):
+    write(tmp_path / "books.jsonl", ["a"])
+    with pytest.raises(UserError, match=r"nearest: 'books.jsonl'"):
+        LocalSource(path=str(tmp_path / "boks.jsonl")).inputs()
+
+
+def test_a_folder_without_documents_says_what_it_wants(tmp_path):
+    (tmp_path / "a.csv").write_text("x")
+    with pytest.raises(UserError, match=r"\.parquet, \.jsonl.*1 files are of other kinds"):
+        LocalSource(path=str(tmp_path)).inputs()
+
+
+def test_a_missing_parquet_column_is_a_setting_not_a_bad_row(tmp_path):
+    path = write(tmp_path / "a.parquet", ["x"])
+    with pytest.raises(UserError, match=r"no column 'test' \(nearest: 'text'\)"):
+        read(LocalSource(path=str(path), columns=("test",)))
+
+
+def test_object_storage_reads_like_a_folder(tmp_path, s3):
+    for name in ("a.parquet", "b.jsonl.gz", "c.jsonl"):
+        write(tmp_path / name, [f"{name} {text}" for text in TEXTS])
+    storage.upload(str(tmp_path), f"{s3}/corpus")
+    remote = texts(read(LocalSource(path=f"{s3}/corpus"), 400))
+    assert remote == texts(read(LocalSource(path=str(tmp_path)), 400))
+    assert len(remote) == 3 * len(TEXTS)
+
+
+def test_files_need_no_type_and_unknown_types_are_refused():
+    parse = TypeAdapter(Source).validate_python
+    assert parse({"path": "/x", "columns": "body"}) == LocalSource(path="/x", columns=("body",))
+    assert parse({"type": "embedded", "domain": "code"}) == EmbeddedSource(domain="code")
+    with pytest.raises(ValueError, match="'locl' found using"):
+        parse({"type": "locl", "path": "/x"})

@@ -1,0 +1,80 @@
+"""The root configuration: how stages inherit, and what is refused before anything runs."""
+
+from pathlib import Path
+
+import pytest
+
+from bitray import Config
+from bitray.settings import UserError
+
+
+def test_the_default_is_the_demo() -> None:
+    config = Config.load()
+    assert list(config.stages) == ["stage0", "stage1", "stage1_9", "stage2"]
+    assert config.run_dir == "runs/bitray_demo"
+    assert config.stages["stage1"].total_steps == 0
+
+
+def test_stage_preset_then_training_then_the_stage_itself() -> None:
+    """field default < stage preset < training.* < stages.NAME.*, in whatever order said."""
+    words = ["stages.stage2.optimizer.lr=3e-3", "training.optimizer.lr=2e-3"]
+    stages = Config.load(overrides=words).stages
+    assert stages["stage2"].optimizer.lr == 3e-3
+    assert stages["stage1_9"].optimizer.lr == 2e-3
+    assert Config.load().stages["stage1_9"].optimizer.lr == 1e-3
+
+
+def test_a_later_voice_wins_over_a_saved_configuration(tmp_path: Path) -> None:
+    """A saved configuration spells every stage out; the command line on top of it still counts."""
+    saved = tmp_path / "config.yaml"
+    saved.write_text(Config.load(overrides=["training.seed=5"]).dump())
+    again = Config.load(str(saved))
+    assert again.model_dump() == Config.load(overrides=["training.seed=5"]).model_dump()
+    assert Config.load(str(saved), ["training.seed=6"]).stages["stage2"].seed == 6
+
+
+def test_a_sample_is_an_override() -> None:
+    base = Config.load(overrides=["training.seed=1"])
+    sample = base.override({"stages.stage1_9.optimizer.lr": 5e-3, "training.seed": 2})
+    assert sample.stages["stage1_9"].optimizer.lr == 5e-3
+    assert sample.stages["stage2"].seed == 2 and base.stages["stage2"].seed == 1
+
+
+def test_training_runs_one_stage_and_replaces_the_pipeline() -> None:
+    words = ["training=stage2_pretrain", "training.max_steps=7", "model=smollm2_135m"]
+    config = Config.load(overrides=words)
+    assert list(config.stages) == ["stage2"] and config.stages["stage2"].total_steps == 7
+
+
+def test_tokens_become_steps() -> None:
+    words = ["training=stage2_pretrain", "training.total_tokens=1_000_000"]
+    stage = Config.load(overrides=words).stages["stage2"]
+    assert stage.total_steps == 1_000_000 // (64 * 1024)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["stages.stage3.optimizer.lr=1"], r"stages\.stage3: .*such stage \(nearest: 'stage2'\)"),
+        (["training.optimizer.lrr=1"], r"^training\.optimizer\.lrr: .*nearest: 'lr'\)"),
+        (["model=smolm2"], r"model=smolm2: no such choice \(nearest: 'smollm2_135m'\)"),
+        (["data=locall"], r"data=locall: no such choice \(nearest: 'local'\)"),
+        (["training.max_steps=-1"], r"training\.max_steps: .*greater than or equal to 0"),
+        (["model.path=x"], r"model: give either path .* or config"),
+        (["data.sources.code.weight=-1"], r"data\.sources\.code\.weight"),
+        (["data.sources.code.weight=0", "data.sources.prose.weight=0",
+          "data.sources.arithmetic.weight=0"], r"data: the weights of all sources are 0"),
+        (["stages.stage2.objectives.logits_distill.weight=0",
+          "stages.stage2.objectives.continue_pretrain.weight=0"], r"no objective has a weight"),
+        (["stages.stage0.objectives.logits_distill.weight=1"], r"a dense stage has no teacher"),
+        (["stages.stage1_9.lambda_warmup.warmup_steps=31"], r"31 is longer than the stage \(30"),
+        (["stages.stage2.lambda_warmup.min=0.9", "stages.stage2.lambda_warmup.max=0.5"],
+         r"stages\.stage2\.lambda_warmup: min \(0\.9\) is above max"),
+        (["data=local"], r"data\.sources"),
+        (["export.gguf=[i3_s]"], r"'i3_s' is not one of .*nearest: 'i2_s'"),
+    ],
+)  # fmt: skip
+def test_every_mistake_has_its_sentence(words: list[str], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence) as caught:
+        Config.load(overrides=words)
+    assert len(str(caught.value).splitlines()) == 1, "one mistake, one sentence"
