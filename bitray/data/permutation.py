@@ -24,7 +24,7 @@ def key_of(*words: int | str) -> int:
 
 
 def mix(*words: np.ndarray | int) -> UInt64[np.ndarray, " n"]:
-    """Hash of integer words at each position, which broadcast: SplitMix64's finaliser, word after word.
+    """Hash of integer words at each position, which broadcast: SplitMix64, word after word.
 
     Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
     """

@@ -65,6 +65,8 @@ def _rows(vocabulary: int) -> tuple[Batch, Batch]:
 class _Keep:
     """A head objective that keeps the logits of all chunks."""
 
+    needs_teacher = False
+
     def __init__(self) -> None:
         self.chunks: list[Tensor] = []
 

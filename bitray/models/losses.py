@@ -74,7 +74,6 @@ class LossModel(nn.Module):
         batch without any label runs like any other, so that collectives match: its loss and
         gradients are zeros.
         """
-        chunk_tokens = self.chunk_tokens or (256 if batch.labels.device.type == "cpu" else 2048)
         layers = decoder_layers(self.model) if layer_terms else ()
         with capturing(layers) as outputs:
             hidden = last_hidden(self.model, batch)
@@ -82,15 +81,7 @@ class LossModel(nn.Module):
         loss = self._head_loss(hidden, batch, head_terms, teacher, metrics)
         if layer_terms:
             assert teacher is not None, "layer terms need a teacher"
-            layer_loss = _layer_loss(
-                outputs,
-                batch,
-                layer_terms,
-                teacher,
-                metrics=metrics,
-                chunk_tokens=self.chunk_tokens,
-            )
-            loss = loss + layer_loss
+            loss = loss + self._layer_loss(outputs, batch, layer_terms, teacher, metrics)
         return loss, dict(metrics)
 
     def _head_loss(
@@ -104,10 +95,42 @@ class LossModel(nn.Module):
         head = self.model.get_output_embeddings().weight
         following = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED).flatten()
         learnt = _places(following != IGNORED) if terms else following.new_empty(0)
-        told = _Told.of(teacher, learnt, head) if terms and teacher is not None else None
-        chunks = _HeadChunks(following[learnt], terms, told, metrics, self.chunk_tokens)
+        told = None
+        if any(term.objective.needs_teacher for term in terms):
+            assert teacher is not None, "these terms need a teacher"
+            told = _Told.of(teacher, learnt, head)
+        chunks = _HeadChunks(following[learnt], terms, told, metrics, self._chunk(hidden))
         # Without terms this still ties head and final norm to the loss: gradients 0, not None.
         return differentiated(chunks, _at(hidden, learnt), head)
+
+    def _layer_loss(
+        self,
+        outputs: list[Tensor],
+        batch: Batch,
+        terms: Sequence[Term],
+        teacher: TeacherOutput,
+        metrics: Metrics,
+    ) -> Tensor:
+        """All layer objectives, last layer first; frees each layer of the teacher once used."""
+        assert teacher.layers is not None, "layer terms need a teacher's layers"
+        num_layers, targets = len(outputs), teacher.layers
+        if num_layers != len(targets):
+            raise UserError(
+                f"the student has {num_layers} decoder layers, the teacher {len(targets)}; "
+                "layer-wise distillation needs the same number"
+            )
+        loss = outputs[0].new_zeros((), dtype=torch.float32)
+        real, chunk_tokens = _places(batch.real.flatten()), self._chunk(outputs[0])
+        for index in reversed(range(num_layers)):
+            states, target = _at(outputs.pop(), real), _at(targets.pop(), real)
+            chunks = _LayerChunks(
+                index, num_layers, target, teacher.head, terms, metrics, chunk_tokens
+            )
+            loss = loss + differentiated(chunks, states)
+        return loss
+
+    def _chunk(self, hidden: Tensor) -> int:
+        return self.chunk_tokens or (256 if hidden.device.type == "cpu" else 2048)
 
 
 def run_teacher(model: PreTrainedModel, batch: Batch, layers: bool) -> TeacherOutput:
@@ -289,29 +312,3 @@ class _LayerChunks:
             result = term.objective.on_layer(self.index, self.num_layers, states, target, self.head)
             loss = loss + _add_up(term, result, self.metrics)
         return loss
-
-
-def _layer_loss(
-    outputs: list[Tensor],
-    batch: Batch,
-    terms: Sequence[Term],
-    teacher: TeacherOutput,
-    *,
-    metrics: Metrics,
-    chunk_tokens: int,
-) -> Tensor:
-    """All layer objectives, last layer first; frees each layer of the teacher once it is used."""
-    assert teacher.layers is not None, "layer terms need a teacher's layers"
-    num_layers, targets = len(outputs), teacher.layers
-    if num_layers != len(targets):
-        raise UserError(
-            f"the student has {num_layers} decoder layers, the teacher {len(targets)}; layer-wise "
-            "distillation needs the same number"
-        )
-    loss = outputs[0].new_zeros((), dtype=torch.float32)
-    real = _places(batch.real.flatten())
-    for index in reversed(range(num_layers)):
-        states, target = _at(outputs.pop(), real), _at(targets.pop(), real)
-        chunks = _LayerChunks(index, num_layers, target, teacher.head, terms, metrics, chunk_tokens)
-        loss = loss + differentiated(chunks, states)
-    return loss

@@ -39,8 +39,7 @@ def job(main: Callable[[Arguments], None], doc: str, root: type[Composed], **fla
     arguments = Arguments(
         said.config, getattr(said, "dry_run", False), said.words, getattr(said, "preview", None)
     )
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         main(arguments)
     except KeyboardInterrupt:

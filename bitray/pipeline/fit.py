@@ -89,6 +89,10 @@ def data_state(config: Config, stage: str) -> dict[str, Any] | None:
 def fit(job: Job, scaling: Scaling) -> str | None:
     """Train the job's stages. Returns the stage in which somebody stopped it, or None at its end.
     `UserError` for what the workers found that a user can put right."""
+    limits: Any = {  # Ray annotates an older class, which does not know the second
+        "max_failures": scaling.max_failures,
+        "controller_failure_limit": CONTROLLER_FAILURES,
+    }
     train_loop: Any = work  # Ray's annotation forgets that it may return something
     trainer = TorchTrainer(
         train_loop,
@@ -105,9 +109,7 @@ def fit(job: Job, scaling: Scaling) -> str | None:
         run_config=RunConfig(
             name=f"{job.fingerprint[:12]}-{'-'.join(job.stages)}",
             storage_path=storage.join(job.config.run_dir, "ray_train"),
-            failure_config=FailureConfig(
-                max_failures=scaling.max_failures, controller_failure_limit=CONTROLLER_FAILURES
-            ),
+            failure_config=FailureConfig(**limits),
         ),
         datasets={
             name: ticket_dataset(job.streams[name], partial(data_state, job.config, name))

@@ -1,9 +1,12 @@
 """`run(config)`: the whole road, from text to an exported ternary model."""
 
+from ray.util.queue import Queue
+
 from bitray import storage
 from bitray.data.actor import mixture_actor
 from bitray.data.manifest import Manifest
 from bitray.pipeline.config import Config
+from bitray.pipeline.console import console
 from bitray.pipeline.finish import Result, finish
 from bitray.pipeline.fit import fit, groups, streams
 from bitray.pipeline.folders import StageFolder
@@ -31,15 +34,15 @@ def run(config: Config) -> Result:
         check_model(config, outline(config), named_tokenizer(config))
         material = Material(config, tokenizer_of(config))
         fingerprint = claim(config, {str(n): key for n, key in material.identities.items()})
-        with stoppable(config.run_dir):
-            stopped = train(config, material, fingerprint)
+        with stoppable(config.run_dir), console() as lines:
+            stopped = train(config, material, fingerprint, lines)
         if stopped:
-            lines = [f"stopped in {stopped}; the same command continues it"]
-            return Result(config.run_dir, stopped=True, lines=lines)
+            said = f"stopped in {stopped}; the same command continues it"
+            return Result(config.run_dir, stopped=True, lines=[said])
         return finish(config, fingerprint)
 
 
-def train(config: Config, material: Material, fingerprint: str) -> str | None:
+def train(config: Config, material: Material, fingerprint: str, lines: Queue) -> str | None:
     """Train the stages that are not complete; the one in which somebody stopped, or None."""
     if not config.resume.skip_completed:
         for stage in config.stages:
@@ -56,7 +59,7 @@ def train(config: Config, material: Material, fingerprint: str) -> str | None:
     actor = mixture_actor(name, storage.join(config.run_dir, "mixture"))
     flows = streams(config, manifests, material.folders, name)
     for scaling, stages in groups(config, pending):
-        job = Job(config, stages, fingerprint, material.tokenizer, material.folders, flows)
+        job = Job(config, stages, fingerprint, material.tokenizer, material.folders, flows, lines)
         if stopped := fit(job, scaling):
             return stopped
     del actor  # it lives as long as this handle

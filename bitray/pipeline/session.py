@@ -1,8 +1,12 @@
 """The Ray that a run uses: the cluster it was submitted to, or one of its own on this machine."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import ray
+import ray.data
 
 OBJECT_STORE_BYTES = 300_000_000
 """Of a Ray of our own: rows pass through it a few at a time."""
@@ -10,18 +14,20 @@ OBJECT_STORE_BYTES = 300_000_000
 
 @contextmanager
 def ray_session() -> Iterator[None]:
-    """Ray, running. One that was there before stays; one started here ends with the block."""
-    # Without it Train warns that it cannot know how its own progress is to be shown.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
+    """Ray, running. One that was there before stays; one started here ends with the block.
 
+    What workers print stays in Ray's logs and its dashboard: a run says what matters itself.
+    """
     if ray.is_initialized():
         yield
         return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=True)
-    else:
-        ray.init(object_store_memory=OBJECT_STORE_BYTES, log_to_driver=True)
+    mine = not os.environ.get("RAY_ADDRESS")
+    ray.init(
+        object_store_memory=OBJECT_STORE_BYTES if mine else None,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ from ray.util import metrics as ray_metrics
 
 from bitray import storage
 from bitray.pipeline.config import Config
+from bitray.pipeline.console import Say
 from bitray.training.metrics import Console, JsonLines, Sink, TensorBoard, WeightsAndBiases
 
 
@@ -28,7 +29,7 @@ class RayMetrics:
     def close(self) -> None: ...
 
 
-def sinks_of(config: Config, stage: str, step: int, run_id: str) -> list[Sink]:
+def sinks_of(config: Config, stage: str, step: int, run_id: str, say: Say) -> list[Sink]:
     """All sinks of a stage that stands at `step`; rank 0 calls it."""
     run_dir, name = config.run_dir, config.experiment or f"bitray_{config.model.name}"
     sinks: list[Sink] = [
@@ -41,7 +42,7 @@ def sinks_of(config: Config, stage: str, step: int, run_id: str) -> list[Sink]:
         values = config.model_dump(mode="json")
         sinks.append(WeightsAndBiases(config.logging.wandb.project, name, run_id, run_dir, values))
     if step < (total := config.stages[stage].total_steps):
-        sinks.append(Console(total))
+        sinks.append(Console(total, say))
     return sinks
 
 

@@ -10,6 +10,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.util.queue import Queue
 from transformers import PreTrainedModel
 
 from bitray import checkpoint, storage
@@ -29,6 +30,7 @@ from bitray.models.loading import (
 )
 from bitray.models.losses import LossModel
 from bitray.pipeline.config import Config
+from bitray.pipeline.console import Say, speaking
 from bitray.pipeline.folders import StageFolder, predecessor, resume_point, teacher_of
 from bitray.pipeline.sinks import sinks_of
 from bitray.settings import UserError
@@ -60,19 +62,22 @@ class Job:
     prepared: dict[int, str]
     """Row length -> folder of prepared rows."""
     streams: dict[str, TicketStream]
+    lines: Queue
+    """What is said there is printed by the driver."""
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
     """Entry point of `TorchTrainer`. What a user can put right is returned, not raised: starting
     the worker group again would not help."""
     job: Job = arguments["job"]
-    try:
-        for name in job.stages:
-            stage = Stage(job, name, ray.train.torch.get_device())
-            if not stage.folder.complete and not stage.run():
-                return {"stopped": name}
-    except (UserError, FloatingPointError) as error:
-        return {"error": str(error)}
+    with speaking(job.lines) as say:
+        try:
+            for name in job.stages:
+                stage = Stage(job, name, ray.train.torch.get_device(), say)
+                if not stage.folder.complete and not stage.run():
+                    return {"stopped": name}
+        except (UserError, FloatingPointError) as error:
+            return {"error": str(error)}
     return {}
 
 
@@ -83,6 +88,7 @@ class Stage:
     job: Job
     name: str
     device: torch.device
+    say: Say
     files: dict[str, bytes] = field(init=False)
     """What describes the model in every checkpoint."""
 
@@ -196,10 +202,10 @@ class Stage:
         total = self.settings.total_steps
         if total:
             begins = f"continues from {found}" if found else "begins"
-            print(f"{self.name:<9} {begins}, step {position.step}/{total}", flush=True)
+            self.say(f"{self.name:<9} {begins}, step {position.step}/{total}")
             if notice := self.settings.schedule.notice(total):
-                print(f"{self.name:<9} {notice}", flush=True)
-        return sinks_of(self.config, self.name, position.step, self.job.fingerprint)
+                self.say(f"{self.name:<9} {notice}")
+        return sinks_of(self.config, self.name, position.step, self.job.fingerprint, self.say)
 
     def teacher(self) -> InProcessTeacher | None:
         """The teacher, if any objective asks for one."""

@@ -1,0 +1,55 @@
+"""What people see: lines from the processes of a run, on the driver's terminal and nothing else."""
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ray.util.queue import Empty, Queue
+
+Say = Callable[[str], None]
+_END = "\0"
+
+
+@contextmanager
+def console() -> Iterator[Queue]:
+    """A queue whose lines are printed here until the block ends. Workers `speak` into it."""
+    lines = Queue(actor_options={"num_cpus": 0})
+    printer = threading.Thread(target=_print, args=(lines,), name="console", daemon=True)
+    printer.start()
+    try:
+        yield lines
+    finally:
+        lines.put(_END)
+        printer.join(timeout=5)
+        lines.shutdown()
+
+
+def _print(lines: Queue) -> None:
+    while True:
+        try:
+            line = lines.get(timeout=1.0)
+        except Empty:
+            continue
+        if line == _END:
+            return
+        print(line, flush=True)
+
+
+@contextmanager
+def speaking(lines: Queue) -> Iterator[Say]:
+    """Inside, our own warnings are lines too, for nobody reads the logs of a worker."""
+    before = warnings.showwarning
+
+    def show(message: Any, category: Any, filename: str, *rest: Any) -> None:
+        if "bitray" in filename:
+            lines.put(f"warning: {message}")
+        else:
+            before(message, category, filename, *rest)
+
+    warnings.showwarning = show  # type: ignore[assignment]
+    try:
+        yield lines.put
+    finally:
+        warnings.showwarning = before
