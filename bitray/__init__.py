@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["Config", "run"]  # noqa: F822
+__all__ = ["Config", "run"]
 
 
 def __getattr__(name: str) -> Any:

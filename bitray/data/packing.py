@@ -36,8 +36,10 @@ class Packer:
     """The push form of `pack`, for whoever fills several streams at once."""
 
     def __init__(self, length: int, open_bins: int = 32) -> None:
-        if length < 1 or open_bins < 1:
-            raise UserError(f"packing needs length and open_bins >= 1, not {length}, {open_bins}")
+        if length < 1 or open_bins < 0:
+            raise UserError(
+                f"packing needs length >= 1 and open_bins >= 0, not {length} and {open_bins}"
+            )
         self.length = length
         self.open_bins = open_bins
         self.truncated = 0
@@ -57,7 +59,9 @@ class Packer:
         if len(ids):
             self._waiting.append(self._piece(ids, whole))
             self._waiting_tokens += len(ids) - whole * self.length
-        if self._waiting_tokens >= LOOK_AHEAD * self.open_bins * self.length:
+        if self.open_bins == 0 and self._waiting:
+            rows.append(self._row([self._waiting.pop()]))
+        elif self._waiting_tokens >= LOOK_AHEAD * self.open_bins * self.length:
             rows += self._place(keep=self.open_bins)
         return rows
 
@@ -110,7 +114,7 @@ def pack(
     A document longer than `length` is cut into full rows, its remainder packed like any document;
     nothing else is cut, every token comes out exactly once, and within a row documents keep their
     order. Streaming: at most `17 * open_bins` rows' worth of tokens are held. `UserError` if
-    `length` or `open_bins` is below 1.
+    `length` is below 1. With `open_bins` 0 nothing is packed: every document has a row of its own.
     """
     packer = Packer(length, open_bins)
     for document in documents:

@@ -33,8 +33,8 @@ class DataSettings(Settings):
     split: HeldOut = HeldOut()
     seed: int = 0
     """Of the order of rows; what is held out does not depend on it."""
-    open_bins: int = Field(32, ge=1, le=4096)
-    """Rows that packing keeps open."""
+    open_bins: int = Field(32, ge=0, le=4096)
+    """Rows that packing keeps open; 0: one document a row (see `training.packing.enabled`)."""
     max_bad_rows: float = Field(0.001, ge=0, le=1)
     """Share of a source's rows that may be unreadable (always at least one row)."""
     unit_bytes: int = Field(64 << 20, ge=1)

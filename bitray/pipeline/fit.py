@@ -17,6 +17,7 @@ from bitray.data.tickets import least_lead
 from bitray.pipeline.config import Config, Scaling
 from bitray.pipeline.folders import resume_point
 from bitray.pipeline.interrupt import in_thread
+from bitray.pipeline.material import RowKind
 from bitray.pipeline.worker import Job, work
 from bitray.settings import UserError
 
@@ -60,14 +61,17 @@ def stage_mixture(config: Config, stage: str, manifest: Manifest) -> StageMixtur
 
 
 def streams(
-    config: Config, manifests: Mapping[int, Manifest], prepared: Mapping[int, str], actor: str
+    config: Config,
+    manifests: Mapping[RowKind, Manifest],
+    prepared: Mapping[RowKind, str],
+    actor: str,
 ) -> dict[str, TicketStream]:
     """The stream of every stage that takes steps."""
     return {
         name: TicketStream(
             name=name,
-            mixture=stage_mixture(config, name, manifests[stage.max_seq_length]),
-            prepared=prepared[stage.max_seq_length],
+            mixture=stage_mixture(config, name, manifests[RowKind.of(stage)]),
+            prepared=prepared[RowKind.of(stage)],
             actor=actor,
             readers=config.scaling_of(name).readers,
             reader_cpus=config.scaling_of(name).cpus_per_reader,

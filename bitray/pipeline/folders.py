@@ -1,5 +1,6 @@
 """Where things of a run lie, and what of it is done. Storage is the only memory of a run."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +47,7 @@ class StageFolder:
 
 def predecessor(config: Config, stage: str) -> str | None:
     """The checkpoint or model a stage starts from: said outright, else of the first predecessor
-    that has ended, else the pretrained model; None: random weights."""
+    that has ended, else the one to resume from, else the pretrained model; None: random weights."""
     settings = config.stages[stage]
     if settings.start_from:
         return settings.start_from
@@ -54,14 +55,38 @@ def predecessor(config: Config, stage: str) -> str | None:
         folder = StageFolder(config.run_dir, name)
         if folder.complete:
             return folder.final
-    return config.model.path
+    return named_checkpoint(config, stage) or config.model.path
 
 
 def resume_point(config: Config, stage: str) -> str | None:
     """The checkpoint inside the stage that it continues from: its own newest whole one, else the
     one that was named (or that RESUME_CHECKPOINT names), else None."""
     own = checkpoint.newest_complete(StageFolder(config.run_dir, stage).root)
-    return own or config.stages[stage].resume.checkpoint_path
+    named = named_checkpoint(config, stage)
+    return own or (named if named and stage_of(named) == stage else None)
+
+
+def named_checkpoint(config: Config, stage: str) -> str | None:
+    """The checkpoint that a stage was told to start from, by setting or by environment."""
+    return config.stages[stage].resume.checkpoint_path or os.environ.get("RESUME_CHECKPOINT")
+
+
+def stage_of(checkpoint_uri: str) -> str | None:
+    """The stage that wrote a checkpoint; None for a model that is none of ours."""
+    if not checkpoint.is_complete(checkpoint_uri):
+        return None
+    return str(checkpoint.load_state(checkpoint_uri)["stage"])
+
+
+def skipped_by_name(config: Config) -> list[str]:
+    """Stages before the one whose checkpoint was named: what they did is in it."""
+    names = list(config.stages)
+    for name in names:
+        named = named_checkpoint(config, name)
+        found = stage_of(named) if named else None
+        if found in names:
+            return names[: names.index(found)]
+    return []
 
 
 def original(config: Config) -> str | None:

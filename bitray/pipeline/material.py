@@ -2,13 +2,15 @@
 
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 from bitray import storage
 from bitray.data.manifest import Manifest, digest
 from bitray.data.prepare import prepare, prepared_identity
+from bitray.data.settings import DataSettings
 from bitray.data.tokenizer import train_tokenizer
 from bitray.data.units import documents
-from bitray.pipeline.config import Config
+from bitray.pipeline.config import Config, StageSettings
 
 TOKENIZER_BYTES = 10_000_000
 """Text of each source that a tokenizer is trained on, at most."""
@@ -50,25 +52,43 @@ def tokenizer_of(config: Config) -> str:
     return folder
 
 
+class RowKind(NamedTuple):
+    """What a stage wants of its rows. The greatest of a run's kinds is the one it evaluates on."""
+
+    length: int
+    packed: bool
+
+    @classmethod
+    def of(cls, stage: StageSettings) -> "RowKind":
+        """The rows of a stage."""
+        return cls(stage.max_seq_length, stage.packing.enabled)
+
+    def __str__(self) -> str:
+        return f"{self.length}{'' if self.packed else ', one document a row'}"
+
+
 class Material:
-    """Prepared rows by length. Identities are known before anything is prepared."""
+    """Prepared rows by kind. Identities are known before anything is prepared."""
 
     def __init__(self, config: Config, tokenizer: str) -> None:
         self.config, self.tokenizer = config, tokenizer
-        self.lengths = sorted({stage.max_seq_length for stage in config.stages.values()})
+        self.kinds = sorted({RowKind.of(stage) for stage in config.stages.values()})
         self.identities = {
-            length: prepared_identity(config.data, tokenizer, length) for length in self.lengths
+            kind: prepared_identity(self._data(kind), tokenizer, kind.length) for kind in self.kinds
         }
 
     @property
-    def folders(self) -> dict[int, str]:
-        """Row length -> folder."""
+    def folders(self) -> dict[RowKind, str]:
+        """Where the rows of each kind lie."""
         root = prepared_root(self.config)
-        return {n: storage.join(root, identity[:16]) for n, identity in self.identities.items()}
+        return {kind: storage.join(root, key[:16]) for kind, key in self.identities.items()}
 
-    def prepare(self) -> dict[int, Manifest]:
+    def prepare(self) -> dict[RowKind, Manifest]:
         """Prepare what is missing, as Ray Data jobs."""
         return {
-            length: prepare(self.config.data, self.tokenizer, length, folder)
-            for length, folder in self.folders.items()
+            kind: prepare(self._data(kind), self.tokenizer, kind.length, folder)
+            for kind, folder in self.folders.items()
         }
+
+    def _data(self, kind: RowKind) -> DataSettings:
+        return self.config.data.model_copy(update={} if kind.packed else {"open_bins": 0})

@@ -9,10 +9,10 @@ from bitray.pipeline.config import Config
 from bitray.pipeline.console import console
 from bitray.pipeline.finish import Result, finish
 from bitray.pipeline.fit import fit, groups, streams
-from bitray.pipeline.folders import StageFolder
+from bitray.pipeline.folders import StageFolder, skipped_by_name
 from bitray.pipeline.identity import claim
 from bitray.pipeline.interrupt import stoppable
-from bitray.pipeline.material import Material, named_tokenizer, tokenizer_of
+from bitray.pipeline.material import Material, RowKind, named_tokenizer, tokenizer_of
 from bitray.pipeline.plan import check_model, check_resources, outline, resources
 from bitray.pipeline.report import Table
 from bitray.pipeline.session import ray_session
@@ -33,7 +33,7 @@ def run(config: Config) -> Result:
         check_resources(config, resources())
         check_model(config, outline(config), named_tokenizer(config))
         material = Material(config, tokenizer_of(config))
-        fingerprint = claim(config, {str(n): key for n, key in material.identities.items()})
+        fingerprint = claim(config, {str(kind): key for kind, key in material.identities.items()})
         with stoppable(config.run_dir), console() as lines:
             stopped = train(config, material, fingerprint, lines)
         if stopped:
@@ -47,10 +47,16 @@ def train(config: Config, material: Material, fingerprint: str, lines: Queue) ->
     if not config.resume.skip_completed:
         for stage in config.stages:
             storage.remove(storage.join(config.run_dir, f"{stage}_checkpoint"))
-    pending = [s for s in config.stages if not StageFolder(config.run_dir, s).complete]
+    left_out = skipped_by_name(config)
+    pending = []
     for stage in config.stages:
-        if stage not in pending:
-            print(f"{stage:<9} is complete: {StageFolder(config.run_dir, stage).final}")
+        folder = StageFolder(config.run_dir, stage)
+        if folder.complete:
+            print(f"{stage:<9} is complete: {folder.final}")
+        elif stage in left_out:
+            print(f"{stage:<9} is left out: a later stage's checkpoint was named")
+        else:
+            pending.append(stage)
     if not pending:
         return None
     manifests = material.prepare()
@@ -66,7 +72,7 @@ def train(config: Config, material: Material, fingerprint: str, lines: Queue) ->
     return None
 
 
-def _check_held_out(manifests: dict[int, Manifest]) -> None:
+def _check_held_out(manifests: dict[RowKind, Manifest]) -> None:
     """The longest rows are evaluated on; a source without any is told, all without is refused."""
     manifest = manifests[max(manifests)]
     without = [name for name in manifest.sources if not manifest.num_rows(name, "validation")]
@@ -87,7 +93,7 @@ def prepare_only(config: Config) -> Table:
     rows = [
         (
             name,
-            str(length),
+            str(kind),
             f"{sum(c.documents for c in source.splits.values()):,}",
             f"{sum(c.tokens for c in source.splits.values()):,}",
             f"{sum(c.rows for c in source.splits.values()):,}",
@@ -95,7 +101,7 @@ def prepare_only(config: Config) -> Table:
             f"{sum(c.truncated for c in source.splits.values()):,}",
             f"{source.skipped.count:,}",
         )
-        for length, manifest in manifests.items()
+        for kind, manifest in manifests.items()
         for name, source in manifest.sources.items()
     ]
     return Table(header, rows)

@@ -32,6 +32,7 @@ from bitray.models.losses import LossModel
 from bitray.pipeline.config import Config
 from bitray.pipeline.console import Say, speaking
 from bitray.pipeline.folders import StageFolder, predecessor, resume_point, teacher_of
+from bitray.pipeline.material import RowKind
 from bitray.pipeline.sinks import sinks_of
 from bitray.settings import UserError
 from bitray.training import state
@@ -59,8 +60,8 @@ class Job:
     stages: tuple[str, ...]
     fingerprint: str
     tokenizer: str
-    prepared: dict[int, str]
-    """Row length -> folder of prepared rows."""
+    prepared: dict[RowKind, str]
+    """Where the prepared rows of each kind lie."""
     streams: dict[str, TicketStream]
     lines: Queue
     """What is said there is printed by the driver."""
@@ -97,7 +98,7 @@ class Stage:
         self.settings = self.config.stages[self.name]
         self.folder = StageFolder(self.config.run_dir, self.name)
         self.autocast = autocast_for(self.device, self.settings.precision)
-        self.shards = _shards(self.job.prepared[self.settings.max_seq_length])
+        self.shards = _shards(self.job.prepared[RowKind.of(self.settings)])
         longest = _shards(self.job.prepared[max(self.job.prepared)])
         # Of the longest rows in the run, so that the losses of its stages compare.
         self.validation = batches_of(
