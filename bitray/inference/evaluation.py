@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from bitray.models.batch import IGNORED, Batch
 from bitray.models.losses import LossModel, Term
@@ -54,6 +55,8 @@ def evaluate(
                     _, metrics = model(mine, [Term("ce", _CE, 1.0)], [], None)
                 sums[index, 0] += metrics["ce/sum"].double()
                 sums[index, 1] += _CE.count(mine)
+    if isinstance(model, FSDPModule):
+        model.reshard()  # without a backward the root would stay gathered
     if dist.is_initialized():
         dist.all_reduce(sums)
     return {name: (s / max(n, 1.0)) for name, (s, n) in zip(domains, sums.tolist(), strict=True)}

@@ -28,7 +28,7 @@ class Batch:
     def from_rows(
         cls, input_ids: np.ndarray, lengths: Sequence[Sequence[int]], source_id: Sequence[int]
     ) -> "Batch":
-        """Rows `[batch, length]` with the lengths of the documents in each; what is left is padding."""
+        """Rows `[batch, length]` with the lengths of their documents; what is left is padding."""
         rows, width = input_ids.shape
         positions = np.empty((rows, width), np.int64)
         learnt = np.zeros((rows, width), bool)

@@ -122,7 +122,7 @@ def memory(config: Config, stage: str, parameters: int, model: PreTrainedModel) 
     per_token = 16 * shape.hidden_size + 8 * shape.intermediate_size
     if settings.activation_checkpointing:
         per_token = shape.hidden_size
-    chunk = min(tokens, settings.logits_chunk) * shape.vocab_size * 4 * 3
+    chunk = min(tokens, settings.logits_chunk or 2048) * shape.vocab_size * 4 * 3
     share = parameters / scaling.num_workers
     return Memory(
         masters=4 * share,

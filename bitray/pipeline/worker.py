@@ -108,12 +108,13 @@ class Stage:
     def run(self) -> bool:
         """From the predecessor, or from the stage's newest checkpoint, to its end; False if it was
         stopped on the way."""
-        torch.set_float32_matmul_precision("high" if self.settings.tf32 else "highest")
+        if self.device.type == "cuda":  # on CPUs "high" may mean bf16
+            torch.set_float32_matmul_precision("high" if self.settings.tf32 else "highest")
         torch.manual_seed(seed_of(self.settings.seed, self.name))
         model, strength = self.student()
-        check_documents_isolated(model, self.device)
         self.files = model_files(model, load_tokenizer(self.job.tokenizer))
         wrapped = LossModel(model, self.settings.logits_chunk).to(self.device)
+        check_documents_isolated(model, self.device)
         parallelize(wrapped, self.settings, self.device)
         loop = self.loop(wrapped, strength)
         if loop.position.step < self.settings.total_steps:

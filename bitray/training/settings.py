@@ -69,8 +69,8 @@ class TrainingSettings(Settings):
     tf32: bool = True
     activation_checkpointing: bool = False
     torch_compile: TorchCompile = TorchCompile()
-    logits_chunk: int = Field(default=2048, ge=1)
-    """Tokens whose logits exist at a time."""
+    logits_chunk: int | None = Field(default=None, ge=1)
+    """Tokens whose logits exist at a time; None: 256 on CPUs, 2048 on GPUs."""
 
     log_every: int = Field(default=10, ge=1)
     eval_every: int = Field(default=500, ge=1)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitray.nn import int8_per_token, ternary
@@ -27,6 +27,7 @@ def _random(shape: tuple[int, ...], scale: float, seed: int) -> np.ndarray:
     return (np.random.default_rng(seed).standard_normal(shape) * scale).astype(np.float32)
 
 
+@settings(deadline=None)  # a busy machine is no wrong answer
 @given(st.integers(1, 40), st.integers(1, 70), st.sampled_from(SCALES), st.integers(0, 2**32))
 def test_ternary_is_the_reference(rows: int, columns: int, scale: float, seed: int) -> None:
     weight = _random((rows, columns), scale, seed)
@@ -37,6 +38,7 @@ def test_ternary_is_the_reference(rows: int, columns: int, scale: float, seed: i
     assert (codes.dtype, d.dtype, d.shape) == (torch.int8, torch.float32, ())
 
 
+@settings(deadline=None)  # a busy machine is no wrong answer
 @given(st.integers(1, 12), st.integers(1, 70), st.sampled_from(SCALES), st.integers(0, 2**32))
 def test_int8_is_the_reference(tokens: int, width: int, scale: float, seed: int) -> None:
     x = _random((tokens, width), scale, seed)
