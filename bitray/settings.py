@@ -5,30 +5,23 @@ is a function of its *layers* (chosen groups, then files, then overrides), so th
 `override`, serves the command line, Tune samples, tests and resume alike.
 """
 
-import difflib
 import re
-import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_validator
 
-Tree = dict[str, Any]
+from bitray.explaining import Layer, Path_, Tree, explain, listed, nearest
+
+__all__ = ["Composed", "Layer", "Settings", "Tree", "UserError", "listed", "merge", "nearest"]
+
 Root = TypeVar("Root", bound="Composed")
-Path_ = tuple[str, ...]
 
 
 class UserError(ValueError):
     """What a user can put right: where it is, what is wrong, and what would be right."""
-
-
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """` (nearest: 'x')` for the choice spelled most like `word`, or nothing."""
-    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f" (nearest: '{found[0]}')" if found else ""
 
 
 class Settings(BaseModel):
@@ -120,16 +113,6 @@ def _lines(node: Any, path: Path_ = ()) -> Iterator[tuple[Path_, int]]:
 # ---------------------------------------------------------------------------------------- layers
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One voice in a configuration: a file, the command line, a sample."""
-
-    origin: str
-    values: Tree
-    groups: dict[str, str] | None = None
-    lines: dict[Path_, int] = field(default_factory=dict)
-
-
 def merge(base: Tree, over: Mapping[str, Any]) -> Tree:
     """`over` on top of `base`; a node whose `type` changes starts afresh."""
     fresh = "type" in over and over["type"] != base.get("type")
@@ -168,6 +151,8 @@ class Composed(Settings):
     """Slot -> 'group/name', in the order in which they are laid down."""
     slots: ClassVar[dict[str, str]] = {}
     """Group -> the slot it fills, where that is not its own name."""
+    aliases: ClassVar[dict[str, str]] = {}
+    """Another name of a group or setting -> its name."""
 
     _layers: tuple[Layer, ...] = PrivateAttr(default=())
 
@@ -199,15 +184,27 @@ class Composed(Settings):
         preset: Tree = {}
         for document in chosen.values():
             preset = merge(preset, cls.document(document))
+        tree = cls.arrange(preset, [layer.values for layer in layers])
         try:
-            config = cls.model_validate(cls.arrange(preset, [layer.values for layer in layers]))
+            config = cls.model_validate(tree)
         except ValidationError as error:
-            raise UserError(_explain(cls, error, layers)) from None
+            told = explain(cls, error, layers, cls.cause)
+            raise UserError(listed([*told, *cls._besides(tree, preset, error)])) from None
         problems = config.problems()
         if problems:
-            raise UserError(_listed(problems))
+            raise UserError(listed(problems))
         config._layers = tuple(layers)
         return config
+
+    @classmethod
+    def _besides(cls, tree: Tree, preset: Tree, error: ValidationError) -> list[str]:
+        """Contradictions among the settings that are valid; none if too little is left of them."""
+        for each in error.errors():
+            tree = _restored(tree, preset, each["loc"])
+        try:
+            return cls.model_validate(tree).problems()
+        except ValidationError:
+            return []
 
     @classmethod
     def arrange(cls, preset: Tree, said: Sequence[Tree]) -> Tree:
@@ -268,11 +265,20 @@ class Composed(Settings):
     @classmethod
     def _layer(cls, text: str, origin: str) -> Layer:
         tree, lines = parse_yaml(text, origin)
-        return Layer(origin, tree, tree.pop("groups", None), lines)
+        groups = tree.pop("groups", None)
+        if groups is not None:
+            groups = {cls.aliases.get(group, group): name for group, name in groups.items()}
+        return Layer(origin, tree, groups, lines)
+
+    @classmethod
+    def _named(cls, path: str) -> str:
+        root, dot, rest = path.partition(".")
+        return f"{cls.aliases.get(root, root)}{dot}{rest}"
 
     @classmethod
     def _spoken(cls, origin: str, values: Mapping[str, Any]) -> Layer:
         groups = cls.groups()
+        values = {cls._named(key): value for key, value in values.items()}
         chosen = {key: str(v) for key, v in values.items() if key in groups and _is_name(v)}
         rest = {key: value for key, value in values.items() if key not in chosen}
         roots = {key.split(".")[0] for key in rest}
@@ -283,8 +289,23 @@ class Composed(Settings):
             for root in sorted(roots - set(cls.model_fields))
         ]
         if strangers:
-            raise UserError(_listed(strangers))
+            raise UserError(listed(strangers))
         return Layer(origin, _nest(rest), chosen or None)
+
+
+def _restored(tree: Tree, preset: Tree, loc: Sequence[Any]) -> Tree:
+    """`tree` with what `preset` says at pydantic's `loc`, which may be nothing."""
+    if not loc:
+        return tree
+    key, *rest = loc
+    if key not in tree:  # the tag of a union, which is no part of the path
+        return _restored(tree, preset, rest)
+    if rest and isinstance(tree[key], dict):
+        below = preset.get(key)
+        inner = _restored(tree[key], below if isinstance(below, dict) else {}, rest)
+        return {**tree, key: inner}
+    left = {name: value for name, value in tree.items() if name != key}
+    return {**left, key: preset[key]} if key in preset else left
 
 
 def _is_name(value: Any) -> bool:
@@ -296,100 +317,3 @@ def _split(word: str) -> tuple[str, Any]:
     if not equals or not key or key.startswith("-"):
         raise UserError(f"'{word}': expected key=value or group=name (see --help)")
     return key, parse_value(value)
-
-
-# ------------------------------------------------------------------------------------ explaining
-
-
-def _listed(problems: Sequence[str]) -> str:
-    if len(problems) == 1:
-        return problems[0]
-    return f"{len(problems)} problems:\n" + "\n".join(f"  - {p}" for p in problems)
-
-
-def _explain(cls: type[BaseModel], error: ValidationError, layers: Sequence[Layer]) -> str:
-    told: dict[Any, str] = {}
-    for each in error.errors():
-        cause = cls.cause(each["loc"]) if issubclass(cls, Composed) else each["loc"]
-        told.setdefault((cause, each["type"]), _sentence(cls, dict(each), layers))
-    return _listed(list(dict.fromkeys(told.values())))
-
-
-def _sentence(cls: type[BaseModel], error: Tree, layers: Sequence[Layer]) -> str:
-    path, choices = _locate(cls, error["loc"])
-    said = error["input"]
-    match error["type"]:
-        case "extra_forbidden":
-            text = f"there is no such setting{nearest(path[-1], choices)}; there are: " + ", ".join(
-                sorted(choices)
-            )
-        case "missing":
-            text = "has to be given"
-        case "literal_error":
-            wanted = re.findall(r"'([^']*)'", error["ctx"]["expected"])
-            text = f"{said!r} is not one of {', '.join(wanted)}{nearest(str(said), wanted)}"
-        case "union_tag_invalid":
-            wanted = re.findall(r"'([^']*)'", error["ctx"]["expected_tags"])
-            tag = error["ctx"]["tag"]
-            path = (*path, "type")
-            text = f"'{tag}' is not one of {', '.join(wanted)}{nearest(tag, wanted)}"
-        case "value_error":
-            text = str(error["ctx"]["error"])
-        case _:
-            text = f"{error['msg'][0].lower()}{error['msg'][1:]}, not {said!r}"
-    where = _where(path, layers)
-    return f"{'.'.join(path)}{where}: {text}" if path else f"{text}"
-
-
-def _where(path: Path_, layers: Sequence[Layer]) -> str:
-    for layer in reversed(layers):
-        if path in layer.lines:
-            return f" ({layer.origin}, line {layer.lines[path]})"
-    return ""
-
-
-def _kinds(annotation: Any) -> list[Any]:
-    """The plain types that an annotation admits."""
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        return _kinds(get_args(annotation)[0])
-    if origin in (Union, types.UnionType):
-        return [kind for member in get_args(annotation) for kind in _kinds(member)]
-    return [annotation]
-
-
-def _is_model(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
-
-
-def _locate(cls: type[BaseModel], loc: Sequence[Any]) -> tuple[Path_, list[str]]:
-    """The dotted path of pydantic's `loc`, less the tags of unions, and what fits at its end."""
-    kinds: list[Any] = [cls]
-    path: list[str] = []
-    choices: list[str] = []
-    for part in loc:
-        models = [kind for kind in kinds if _is_model(kind)]
-        tagged = [m for m in models if "type" in m.model_fields and part in _tags(m)]
-        choices = sorted({name for model in models for name in model.model_fields})
-        if tagged and part not in choices:
-            kinds = tagged
-            continue
-        path.append(str(part))
-        owners = [m for m in models if part in m.model_fields]
-        if owners:
-            kinds = _kinds(owners[0].model_fields[part].annotation)
-        else:
-            kinds = [
-                inner
-                for kind in kinds
-                if get_origin(kind) in (dict, list, tuple)
-                for inner in _kinds(get_args(kind)[-1])
-            ]
-            if not kinds and not models:
-                path.pop()  # a member of a plain union, such as `float` of `float | str`
-    return tuple(path), choices
-
-
-def _tags(model: type[BaseModel]) -> tuple[Any, ...]:
-    annotation = model.model_fields["type"].annotation
-    return get_args(annotation) if get_origin(annotation) is Literal else ()

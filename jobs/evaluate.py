@@ -9,11 +9,14 @@ examples:
 """
 
 from bitray.pipeline.cli import Arguments, job
-from bitray.pipeline.inspect import Evaluation, evaluate_checkpoint
+from bitray.pipeline.requests import Evaluation
 
 
 def main(arguments: Arguments) -> None:
-    print(evaluate_checkpoint(Evaluation.load(arguments.config, arguments.words)).text())
+    request = Evaluation.load(arguments.config, arguments.words)
+    from bitray.pipeline.inspect import evaluate_checkpoint
+
+    print(evaluate_checkpoint(request).text())
 
 
 if __name__ == "__main__":

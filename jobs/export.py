@@ -7,11 +7,14 @@ examples:
 """
 
 from bitray.pipeline.cli import Arguments, job
-from bitray.pipeline.inspect import Export, export_checkpoint
+from bitray.pipeline.requests import Export
 
 
 def main(arguments: Arguments) -> None:
-    print(export_checkpoint(Export.load(arguments.config, arguments.words)))
+    request = Export.load(arguments.config, arguments.words)
+    from bitray.pipeline.inspect import export_checkpoint
+
+    print(export_checkpoint(request))
 
 
 if __name__ == "__main__":

@@ -7,11 +7,14 @@ examples:
 """
 
 from bitray.pipeline.cli import Arguments, job
-from bitray.pipeline.inspect import Generation, generate_text
+from bitray.pipeline.requests import Generation
 
 
 def main(arguments: Arguments) -> None:
-    print(generate_text(Generation.load(arguments.config, arguments.words)))
+    request = Generation.load(arguments.config, arguments.words)
+    from bitray.pipeline.inspect import generate_text
+
+    print(generate_text(request))
 
 
 if __name__ == "__main__":

@@ -5,16 +5,23 @@ examples:
   python jobs/prepare.py model=smollm2_135m pipeline=standard data=local \\
       data.sources.books.path=/data/books data.sources.code.path='/data/code/*.jsonl.gz' \\
       data.sources.code.columns=[content]
+  python jobs/prepare.py data=embedded --preview 2
+      two rows of every source as training sees them: documents, labels, text
 """
 
 from bitray import Config
 from bitray.pipeline.cli import Arguments, job
-from bitray.pipeline.run import prepare_only
 
 
 def main(arguments: Arguments) -> None:
-    print(prepare_only(Config.load(arguments.config, arguments.words)).text())
+    config = Config.load(arguments.config, arguments.words)
+    from bitray.pipeline.inspect import preview
+    from bitray.pipeline.run import prepare_only
+
+    print(prepare_only(config).text())
+    if arguments.preview:
+        print(preview(config, arguments.preview))
 
 
 if __name__ == "__main__":
-    job(main, __doc__, Config)
+    job(main, __doc__, Config, preview=True)

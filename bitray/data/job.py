@@ -25,7 +25,7 @@ from bitray.data.settings import DataSettings
 from bitray.data.shards import group_rows
 from bitray.data.sources import Unit
 from bitray.data.tokenizer import backend_json, end_token_id, tokenizer_identity, vocabulary
-from bitray.settings import Settings, UserError
+from bitray.settings import Settings, UserError, listed
 from bitray.storage import FileInfo
 
 if TYPE_CHECKING:
@@ -117,19 +117,26 @@ class UnitResult(Settings):
     splits: dict[SplitName, Counts]
 
 
-def plan_job(
-    settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", length: int, root_uri: str
-) -> Job:
-    """List all inputs. `UserError` for a source that is not there or holds no file."""
-    inputs = {}
+def inputs_of(settings: DataSettings) -> dict[str, list[FileInfo]]:
+    """The inputs of every source. `UserError` naming the sources that are not there or empty."""
+    inputs, wrong = {}, []
     for name, source in settings.sources.items():
         try:
             inputs[name] = source.inputs()
         except UserError as error:
-            raise UserError(f"source '{name}': {error}") from None
+            wrong.append(f"source '{name}': {error}")
+    if wrong:
+        raise UserError(listed(wrong))
+    return inputs
+
+
+def plan_job(
+    settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", length: int, root_uri: str
+) -> Job:
+    """List all inputs. `UserError` for a source that is not there or holds no file."""
     return Job(
         settings=settings,
-        inputs=inputs,
+        inputs=inputs_of(settings),
         length=length,
         root_uri=root_uri,
         tokenizer=tokenizer_identity(tokenizer),

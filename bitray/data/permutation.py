@@ -11,7 +11,7 @@ from jaxtyping import Int, Int64, UInt64
 
 WINDOW = 65_536
 """Rows that are permuted among themselves; remote rows are fetched by window."""
-_ROUNDS = 6
+_ROUNDS = 4
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FIRST = np.uint64(0xBF58476D1CE4E5B9)
 _SECOND = np.uint64(0x94D049BB133111EB)
@@ -30,7 +30,7 @@ def mix(*words: np.ndarray | int) -> UInt64[np.ndarray, " n"]:
     """
     value = np.zeros(1, np.uint64)
     for word in words:
-        value = (value ^ np.atleast_1d(np.asarray(word)).astype(np.uint64)) + _GOLDEN
+        value = (value ^ np.asarray(word).astype(np.uint64)) + _GOLDEN
         value = (value ^ (value >> np.uint64(30))) * _FIRST
         value = (value ^ (value >> np.uint64(27))) * _SECOND
         value = value ^ (value >> np.uint64(31))
@@ -83,5 +83,7 @@ def place(
     window[again] = permute(window[again], whole[again], seed[again])
     size = np.minimum(WINDOW, rows - window * WINDOW)
     row = window * WINDOW + permute(within, size, mix(seed, window))
-    shift = np.where(epoch > 0, (mix(seed, 0, 0) % rows.astype(np.uint64)).astype(np.int64), 0)
-    return epoch, (row + shift) % rows
+    if epoch.any():
+        shift = (mix(seed, 0, 0) % rows.astype(np.uint64)).astype(np.int64)
+        row = np.where(epoch > 0, (row + shift) % rows, row)
+    return epoch, row

@@ -28,7 +28,7 @@ class HeldOut(Settings):
 class DataSettings(Settings):
     """What to train on."""
 
-    sources: dict[str, Source] = Field(min_length=1)
+    sources: dict[str, Source]
     """By name; the order numbers them."""
     split: HeldOut = HeldOut()
     seed: int = 0
@@ -45,6 +45,10 @@ class DataSettings(Settings):
     @field_validator("sources")
     @classmethod
     def _plain_names(cls, sources: dict[str, Source]) -> dict[str, Source]:
+        if not sources:
+            raise ValueError(
+                "no source of text is named; give data.sources.NAME.path=FOLDER_FILE_OR_GLOB"
+            )
         for name in sources:
             if not _NAME.fullmatch(name):
                 raise ValueError(

@@ -21,7 +21,13 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
-from ray.data import Datasource, ExecutionOptions, ExecutionResources, ReadTask
+from ray.data import (
+    Datasource,
+    ExecutionOptions,
+    ExecutionResources,
+    ReadTask,
+    TaskPoolStrategy,
+)
 from ray.data.block import BlockMetadata
 from ray.train import DataConfig
 
@@ -123,8 +129,8 @@ def _dataset(opened: Opened, world_size: int) -> ray.data.Dataset:
     dataset = ray.data.read_datasource(
         source,
         override_num_blocks=len(source.ranges),
-        concurrency=stream.readers,
-        ray_remote_args={"num_cpus": stream.reader_cpus},
+        compute=TaskPoolStrategy(size=min(stream.readers, len(source.ranges))),
+        num_cpus=stream.reader_cpus,
     )
     dataset.set_name(stream.name)
     dataset.context.execution_options = ExecutionOptions(
@@ -146,7 +152,8 @@ class _Bundles(Datasource):
         self._opened, self._deal = opened, deal
         count = opened.bundles(deal)
         size = max(TASK_BUNDLES, -(-count // TASKS))
-        self.ranges = [range(at, min(at + size, count)) for at in range(0, count, size)]
+        # A stage that is complete has one task, which has nothing to do.
+        self.ranges = [range(at, min(at + size, count)) for at in range(0, max(count, 1), size)]
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Unknown to Ray Data, which would otherwise guess at a number of blocks."""
@@ -180,13 +187,13 @@ def _read_bundles(opened: Opened, deal: Deal, numbers: range) -> Iterator[pa.Tab
         real = [ticket for ticket in tickets if ticket != EMPTY]
         return actor.plan.remote(stream.name, opened.generation, real) if real else None
 
-    bundles = [opened.tickets(deal, number) for number in numbers]
+    bundles = [*(opened.tickets(deal, number) for number in numbers), []]
     answer = ask(bundles[0])
-    for tickets, following in itertools.zip_longest(bundles, bundles[1:]):
+    for tickets, following in itertools.pairwise(bundles):
         planned = None if answer is None else ray.get(answer)
         while answer is not None and planned is None:
             planned = ray.get(ask(tickets))
-        answer = ask(following) if following else None
+        answer = ask(following)
         yield _bundle(shards, list(stream.mixture.sizes), tickets, planned)
 
 

@@ -7,7 +7,7 @@ _WHERE = {
     "evaluate": "evaluation",
     "perplexity": "evaluation",
     "generate": "generation",
-    "Sampling": "generation",
+    "Sampling": "settings",
 }
 __all__ = list(_WHERE)
 

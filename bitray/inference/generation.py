@@ -4,25 +4,12 @@ from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from bitray.inference.evaluation import fully_quantised
-from bitray.settings import Settings, UserError
-
-
-class Sampling(Settings):
-    """How the next token is chosen."""
-
-    max_new_tokens: int = Field(default=64, ge=1)
-    temperature: float = Field(default=0.8, ge=0)
-    """0 takes the most likely token."""
-    top_k: int = Field(default=50, ge=0)
-    """Only the k most likely; 0 for all."""
-    top_p: float = Field(default=0.95, gt=0, le=1)
-    """Only the most likely tokens that together have this probability."""
-    seed: int = 0
+from bitray.inference.settings import Sampling
+from bitray.settings import UserError
 
 
 def generate(

@@ -89,7 +89,10 @@ def _config(folder: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: no usable config.json: {_first_line(error)}") from None
+        why = f"no usable config.json: {_first_line(error)}"
+        raise UserError(
+            f"{folder}: {why if Path(folder).is_dir() else _why_not(folder, error)}"
+        ) from None
 
 
 def _first_line(error: Exception) -> str:
@@ -178,7 +181,8 @@ def _copy_model_files(directory: str, folder: Path) -> None:
 
 def _may_be_hub_id(name: str) -> bool:
     parts = name.split("/")
-    return len(parts) <= 2 and all(parts) and not name.startswith((".", "~"))
+    beside = len(parts) == 2 and Path(parts[0]).is_dir()  # so a folder that is not there is meant
+    return len(parts) <= 2 and all(parts) and not name.startswith((".", "~")) and not beside
 
 
 def _sibling(path: str) -> str:

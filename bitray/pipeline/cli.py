@@ -2,11 +2,26 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NoReturn
 
-from bitray.settings import Composed, UserError
+from bitray.settings import Composed, UserError, nearest
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one sentence, as settings do."""
+
+    def error(self, message: str) -> NoReturn:
+        known = [flag for action in self._actions for flag in action.option_strings]
+        what, _, word = message.partition("unrecognized arguments: ")
+        if not what and word:
+            word = word.split()[0]
+            message = f"{word}: there is no such flag{nearest(word, known)}; see --help"
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
 
 
 @dataclass(frozen=True)
@@ -24,7 +39,8 @@ def job(main: Callable[[Arguments], None], doc: str, root: type[Composed], **fla
 
     `flags` says which of `dry_run` and `preview` the job knows; `doc` is its help.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
+        allow_abbrev=False,
         description=doc,
         epilog=_groups(root),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -40,6 +56,7 @@ def job(main: Callable[[Arguments], None], doc: str, root: type[Composed], **fla
         said.config, getattr(said, "dry_run", False), said.words, getattr(said, "preview", None)
     )
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it counts its retries, twice each
     try:
         main(arguments)
     except KeyboardInterrupt:

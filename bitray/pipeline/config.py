@@ -81,6 +81,10 @@ class StageSettings(TrainingSettings):
         """Optimizer steps of the stage."""
         return 0 if self.convert_only else super().total_steps
 
+    def strength(self, step: int, initial: float) -> float:
+        """Quantisation strength of a step; a dense stage has none."""
+        return 0.0 if self.dense else super().strength(step, initial)
+
 
 class WandB(Settings):
     """Weights & Biases. No account is needed: without a key it is off unless asked for."""
@@ -139,7 +143,8 @@ class Config(Composed):
         "pipeline": "pipeline/demo",
         "scaling": "scaling/laptop",
     }
-    slots: ClassVar[dict[str, str]] = {"training": "pipeline", "distributed": "scaling"}
+    slots: ClassVar[dict[str, str]] = {"training": "pipeline"}
+    aliases: ClassVar[dict[str, str]] = {"distributed": "scaling"}
 
     model: ModelSettings
     data: DataSettings
@@ -177,9 +182,20 @@ class Config(Composed):
         return ("training", *loc[2:]) if inherited else loc
 
     def problems(self) -> list[str]:
+        most = (self.model.config or {}).get("max_position_embeddings")
         return [
-            text for name, stage in self.stages.items() for text in _stage_problems(name, stage)
+            text
+            for name, stage in self.stages.items()
+            for text in [*_stage_problems(name, stage), *self.too_long(name, most)]
         ]
+
+    def too_long(self, stage: str, positions: int | None) -> list[str]:
+        """What is wrong if rows of a stage are longer than the model has positions."""
+        length = self.stages[stage].max_seq_length
+        if positions is None or length <= positions:
+            return []
+        where = f"stages.{stage}.max_seq_length"
+        return [f"{where}: {length} is more than the {positions} positions of {self.model.name}"]
 
     @property
     def run_dir(self) -> str:

@@ -149,12 +149,12 @@ def losses_table(config: Config, losses: Mapping[str, Mapping[str, float]]) -> T
 def size_table(config: Config, parameters: int, files: Mapping[str, str]) -> Table:
     """Bytes before and after."""
     before = parameters * 2
-    rows = [("before, as 16-bit floats", f"{before:,}", "1.00x")]
+    rows = [("before, as 16-bit floats", f"{before:,}", "1.00")]
     for kind, uri in files.items():
         size = sum(info.size for info in storage.list_files(uri))
         name = f"GGUF {kind}" if kind != "huggingface" else "Hugging Face folder"
-        rows.append((name, f"{size:,}", f"{before / size:.2f}x smaller"))
-    return Table(("model", "bytes", ""), rows)
+        rows.append((name, f"{size:,}", f"{size / before:.2f}"))
+    return Table(("model", "bytes", "of before"), rows)
 
 
 def throughput_table(run_dir: str) -> Table:

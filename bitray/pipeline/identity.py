@@ -49,7 +49,8 @@ def claim(config: Config, data: dict[str, str]) -> str:
         "data": data,
         "environment": environment(),
     }
-    if storage.exists(uri):
+    begun = bool(storage.list_dirs(config.run_dir))  # else nothing came of it that could be lost
+    if begun and storage.exists(uri):
         there = storage.read_json(uri)
         if there["fingerprint"] != here["fingerprint"] and not config.resume.fork:
             changed = differences(

@@ -1,73 +1,38 @@
-"""What the smaller jobs do with a checkpoint: evaluate it, let it speak, export it."""
+"""What the smaller jobs do: evaluate a checkpoint, let it speak, export it; show prepared rows."""
 
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from textwrap import indent
+from typing import Any
 
+import numpy as np
 import torch
-from pydantic import Field
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bitray import checkpoint, storage
 from bitray.data import DataSettings
 from bitray.data.manifest import read_manifest
 from bitray.data.prepare import prepare, prepared_identity
 from bitray.data.shards import Shards, held_out
-from bitray.export import GGUFType, write_gguf, write_huggingface
-from bitray.inference import Sampling, evaluate, generate, perplexity
+from bitray.data.tokenizer import check_vocabulary
+from bitray.export import write_gguf, write_huggingface
+from bitray.inference import evaluate, generate, perplexity
+from bitray.models.batch import IGNORED, Batch
 from bitray.models.loading import load_model, load_tokenizer
 from bitray.models.losses import LossModel
 from bitray.nn import set_strength
 from bitray.pipeline.config import Config
 from bitray.pipeline.finish import model_card
 from bitray.pipeline.folders import resolve_checkpoint, run_of
+from bitray.pipeline.material import Material, tokenizer_of
 from bitray.pipeline.report import Table
+from bitray.pipeline.requests import Evaluation, Export, Generation
+from bitray.pipeline.run import located
 from bitray.pipeline.session import ray_session
 from bitray.pipeline.worker import batches_of, read_evaluations
-from bitray.settings import Composed, UserError
+from bitray.settings import UserError
 from bitray.training.loop import autocast_for, mean_loss
-
-
-class Inspection(Composed):
-    """Arguments that all of them take."""
-
-    configs: ClassVar[Path] = Config.configs
-    default_groups: ClassVar[dict[str, str]] = {}
-
-    checkpoint: str
-    """A run, a stage, a checkpoint, a Hugging Face folder or id."""
-
-    def resolved(self) -> str:
-        """The checkpoint that is meant."""
-        return resolve_checkpoint(self.checkpoint)
-
-
-class Evaluation(Inspection):
-    """Arguments of `jobs/evaluate.py`."""
-
-    data: DataSettings | None = None
-    """None: the data of the run that the checkpoint belongs to."""
-    max_seq_length: int | None = Field(default=None, ge=8)
-    """None: the longest of that run, else 1024."""
-    rows: int = Field(default=512, ge=1)
-    """At most so many rows per domain."""
-    batch_size: int = Field(default=8, ge=1)
-    output_dir: str = "runs"
-
-
-class Generation(Inspection):
-    """Arguments of `jobs/generate.py`."""
-
-    prompt: str
-    mode: Literal["autoregressive"] = "autoregressive"
-    sampling: Sampling = Sampling()
-
-
-class Export(Inspection):
-    """Arguments of `jobs/export.py`."""
-
-    format: Literal["gguf", "huggingface"]
-    type: GGUFType = "i2_s"
-    """Of a GGUF file."""
-    output: str
 
 
 def config_of(run_dir: str) -> Config:
@@ -81,16 +46,27 @@ def device_at_hand() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def loaded(where: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer, which has to fit it."""
+    model, tokenizer = load_model(where), load_tokenizer(where)
+    check_vocabulary(tokenizer, model.config.vocab_size)
+    return model, tokenizer
+
+
 def evaluate_checkpoint(arguments: Evaluation) -> Table:
     """Loss and perplexity per domain."""
-    where = arguments.resolved()
-    model = load_model(where)
+    where = resolve_checkpoint(arguments.checkpoint)
+    model, _ = loaded(where)
     data, length, root = _held_out_data(arguments, where, model.config.max_position_embeddings)
     manifest = read_manifest(root)
     if manifest is None:
         with ray_session():
             manifest = prepare(data, where, length, root)
     rows = held_out(Shards(root, manifest), "validation", arguments.rows)
+    if not rows:
+        raise UserError(
+            "data.split.validation: no source has a held-out document; give more text or raise it"
+        )
     device = device_at_hand()
     batches = batches_of(rows, arguments.batch_size)
     losses = evaluate(LossModel(model).to(device), batches, device, autocast_for(device, "auto"))
@@ -130,28 +106,28 @@ def _held_out_data(arguments: Evaluation, where: str, most: int) -> tuple[DataSe
     return (
         data,
         length,
-        storage.join(data.prepared_dir or storage.join(output, "prepared"), identity[:16]),
+        storage.absolute(
+            storage.join(data.prepared_dir or storage.join(output, "prepared"), identity[:16])
+        ),
     )
 
 
 def generate_text(arguments: Generation) -> str:
     """Prompt and continuation."""
-    where = arguments.resolved()
-    model = load_model(where)
+    where = resolve_checkpoint(arguments.checkpoint)
+    model, tokenizer = loaded(where)
     model.to(device_at_hand())  # type: ignore[arg-type]  # transformers types `to` away
-    return arguments.prompt + generate(
-        model, load_tokenizer(where), arguments.prompt, arguments.sampling
-    )
+    return arguments.prompt + generate(model, tokenizer, arguments.prompt, arguments.sampling)
 
 
 def export_checkpoint(arguments: Export) -> Any:
     """The export's own report."""
-    where = arguments.resolved()
+    where = resolve_checkpoint(arguments.checkpoint)
     if checkpoint.is_complete(where):
         strength = checkpoint.load_state(where)["position"]["strength"]
     else:
         strength = 1.0
-    model, tokenizer = load_model(where), load_tokenizer(where)
+    model, tokenizer = loaded(where)
     set_strength(model, strength)  # the export refuses what is not wholly ternary yet
     if arguments.format == "gguf":
         return write_gguf(model, tokenizer, arguments.output, arguments.type)
@@ -165,3 +141,46 @@ def _card(where: str) -> dict[str, Any]:
     config = config_of(run_dir)
     identity = storage.read_json(storage.join(run_dir, "fingerprint.json"))
     return model_card(config, identity["fingerprint"], read_evaluations(run_dir))
+
+
+# -------------------------------------------------------------------------------------- preview
+
+
+def preview(config: Config, rows: int) -> str:
+    """The first rows of every source as training sees them; what no label asks for in ⟦ ⟧."""
+    config = located(config)
+    material = Material(config, tokenizer_of(config))
+    folder = material.folders[max(material.kinds)]
+    manifest, tokenizer = read_manifest(folder), load_tokenizer(material.tokenizer)
+    assert manifest is not None, f"{folder} was just prepared"
+    shards = Shards(folder, manifest)
+    lines = ["", "rows as training sees them; tokens in ⟦ ⟧ are read but not learnt"]
+    for source in manifest.sources:
+        numbers = np.arange(min(rows, shards.num_rows(source)))
+        ids, lengths = shards.read(source, "train", numbers)
+        batch = Batch.from_rows(ids, lengths, [0] * len(ids))
+        for number, documents in enumerate(lengths):
+            labels = batch.labels[number].numpy()
+            lines += [
+                "",
+                f"--- {source}, row {number}: {len(documents)} documents, {sum(documents)} tokens, "
+                f"{len(labels) - sum(documents)} of padding",
+                *_documents(tokenizer, ids[number], labels, documents),
+            ]
+    return "\n".join(lines)
+
+
+def _documents(
+    tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, labels: np.ndarray, lengths: list[int]
+) -> Iterator[str]:
+    """Each document of a row under a line about it."""
+    start = 0
+    for number, count in enumerate(lengths, start=1):
+        part = slice(start, start + count)
+        learnt = labels[part] != IGNORED
+        yield f"  document {number}: {count} tokens, {learnt.sum()} learnt"
+        pairs = groupby(zip(learnt, ids[part], strict=True), key=lambda pair: bool(pair[0]))
+        runs = [(known, tokenizer.decode([int(i) for _, i in run])) for known, run in pairs]
+        text = "".join(str(text) if known else f"⟦{text}⟧" for known, text in runs)
+        yield indent(text, "    ", lambda line: True)
+        start += count

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bitray import storage
+from bitray.data.job import inputs_of
 from bitray.data.manifest import Manifest, digest
 from bitray.data.prepare import prepare, prepared_identity
 from bitray.data.settings import DataSettings
@@ -33,9 +34,9 @@ def tokenizer_of(config: Config) -> str:
     if named is not None:
         return named
     assert config.model.config is not None
-    size = config.model.config.get("vocab_size", 32000)
+    size, inputs = config.model.config.get("vocab_size", 32000), inputs_of(config.data)
     sources = {
-        name: [source.model_dump(mode="json"), [list(one) for one in source.inputs()]]
+        name: [source.model_dump(mode="json"), [list(one) for one in inputs[name]]]
         for name, source in config.data.sources.items()
     }
     key = digest([size, config.data.split.model_dump(), sources])

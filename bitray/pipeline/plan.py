@@ -9,14 +9,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bitray import checkpoint
+from bitray.data.job import inputs_of
 from bitray.data.tokenizer import check_vocabulary, tokenizer_identity
 from bitray.export import can_export
 from bitray.models.convert import to_bitnet
-from bitray.models.loading import build_model, load_tokenizer, skeleton
+from bitray.models.loading import build_model, load_tokenizer, local_model, skeleton
 from bitray.pipeline.config import Config
-from bitray.pipeline.folders import StageFolder
+from bitray.pipeline.folders import StageFolder, named_checkpoint
 from bitray.pipeline.report import Table
-from bitray.settings import UserError
+from bitray.settings import UserError, listed
 
 GB = 1e9
 
@@ -63,22 +64,34 @@ def check_model(config: Config, model: PreTrainedModel, tokenizer: str | None) -
     """`UserError` for what would only show after hours: a tokenizer or rows that do not fit the
     model, a teacher that speaks another language, an export that cannot be. `tokenizer` is None
     where one is still to be trained, to the model's own size."""
+    _check_starts(config)
     most = model.config.max_position_embeddings
-    for name, stage in config.stages.items():
-        if stage.max_seq_length > most:
-            raise UserError(
-                f"stages.{name}.max_seq_length: {stage.max_seq_length} is more than the "
-                f"{most} positions of {config.model.name}"
-            )
+    found = [text for name in config.stages for text in config.too_long(name, most)]
     if tokenizer is not None:
         mine = load_tokenizer(tokenizer)
         check_vocabulary(mine, model.config.vocab_size)
         if config.model.teacher:
             _check_teacher(config.model.teacher, mine)
     converted = to_bitnet(model, config.model.quantization.subln)
+    reasons: dict[str, list[str]] = {}
     for kind in config.export.gguf:
         if reason := can_export(converted, kind):
-            raise UserError(f"export.gguf: {kind}: {reason}")
+            reasons.setdefault(reason, []).append(kind)
+    found += [f"export.gguf: {', '.join(kinds)}: {why}" for why, kinds in reasons.items()]
+    if found:
+        raise UserError(listed(found))
+
+
+def _check_starts(config: Config) -> None:
+    """A checkpoint that was named and is not there would show in the workers, or not at all where
+    a stage before has one."""
+    for name, stage in config.stages.items():
+        for path in filter(None, (stage.start_from, named_checkpoint(config, name))):
+            try:
+                with local_model(path):
+                    pass
+            except UserError as error:
+                raise UserError(f"stages.{name} is to start from {error}") from None
 
 
 def _check_teacher(name: str, mine: PreTrainedTokenizerBase) -> None:
@@ -136,6 +149,7 @@ def memory(config: Config, stage: str, parameters: int, model: PreTrainedModel) 
 def plan(config: Config) -> str:
     """What `run` would do, as text; checks everything that can be checked without training."""
     check_resources(config, resources())
+    inputs_of(config.data)
     model = outline(config)
     parameters = sum(p.numel() for p in model.parameters())
     known = config.model.tokenizer or config.model.path

@@ -4,6 +4,7 @@ from ray.util.queue import Queue
 
 from bitray import storage
 from bitray.data.actor import mixture_actor
+from bitray.data.job import inputs_of
 from bitray.data.manifest import Manifest
 from bitray.pipeline.config import Config
 from bitray.pipeline.console import console
@@ -27,12 +28,14 @@ def run(config: Config) -> Result:
     `UserError` for anything that the user can put right, as early as it can be known.
     """
     config = located(config)
-    if config.resume.fresh:
-        storage.remove(config.run_dir)
+    inputs_of(config.data)
+    check_model(config, outline(config), named_tokenizer(config))
     with ray_session():
         check_resources(config, resources())
-        check_model(config, outline(config), named_tokenizer(config))
         material = Material(config, tokenizer_of(config))
+        if config.resume.fresh:
+            _check_held_out(material.prepare())  # nothing goes for a run that cannot begin
+            storage.remove(config.run_dir)
         fingerprint = claim(config, {str(kind): key for kind, key in material.identities.items()})
         with stoppable(config.run_dir), console() as lines:
             stopped = train(config, material, fingerprint, lines)
@@ -45,6 +48,7 @@ def run(config: Config) -> Result:
 def train(config: Config, material: Material, fingerprint: str, lines: Queue) -> str | None:
     """Train the stages that are not complete; the one in which somebody stopped, or None."""
     if not config.resume.skip_completed:
+        _check_held_out(material.prepare())  # before anything goes
         for stage in config.stages:
             storage.remove(storage.join(config.run_dir, f"{stage}_checkpoint"))
     left_out = skipped_by_name(config)

@@ -1,0 +1,18 @@
+"""Settings of what a model says."""
+
+from pydantic import Field
+
+from bitray.settings import Settings
+
+
+class Sampling(Settings):
+    """How the next token is chosen."""
+
+    max_new_tokens: int = Field(default=64, ge=1)
+    temperature: float = Field(default=0.8, ge=0)
+    """0 takes the most likely token."""
+    top_k: int = Field(default=50, ge=0)
+    """Only the k most likely; 0 for all."""
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    """Only the most likely tokens that together have this probability."""
+    seed: int = 0

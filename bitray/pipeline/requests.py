@@ -1,0 +1,51 @@
+"""Arguments of the smaller jobs. Light to import: `--help` and a typo need no torch and no Ray."""
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from bitray.data import DataSettings
+from bitray.export import GGUFType
+from bitray.inference import Sampling
+from bitray.settings import Composed
+
+
+class Inspection(Composed):
+    """Arguments that all of them take."""
+
+    configs: ClassVar[Path] = Path(__file__).parent.parent / "configs"
+    default_groups: ClassVar[dict[str, str]] = {}
+
+    checkpoint: str
+    """A run, a stage, a checkpoint, a Hugging Face folder or id."""
+
+
+class Evaluation(Inspection):
+    """Arguments of `jobs/evaluate.py`."""
+
+    data: DataSettings | None = None
+    """None: the data of the run that the checkpoint belongs to."""
+    max_seq_length: int | None = Field(default=None, ge=8)
+    """None: the longest of that run, else 1024."""
+    rows: int = Field(default=512, ge=1)
+    """At most so many rows per domain."""
+    batch_size: int = Field(default=8, ge=1)
+    output_dir: str = "runs"
+
+
+class Generation(Inspection):
+    """Arguments of `jobs/generate.py`."""
+
+    prompt: str
+    mode: Literal["autoregressive"] = "autoregressive"
+    sampling: Sampling = Sampling()
+
+
+class Export(Inspection):
+    """Arguments of `jobs/export.py`."""
+
+    format: Literal["gguf", "huggingface"]
+    type: GGUFType = "i2_s"
+    """Of a GGUF file."""
+    output: str

@@ -1,0 +1,195 @@
+"""Jobs as a user calls them, and the tiny models and runs that they are called on.
+
+`command` runs a script in this process with its arguments, which is the command line less seconds
+of imports; what only a process of its own can show is in `test_processes.py`.
+"""
+
+import gzip
+import json
+import os
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from bitray import Config
+from bitray.data import embedded, train_tokenizer
+from bitray.models.convert import to_bitnet
+from bitray.models.loading import build_model, model_files, save_model
+from bitray.models.losses import LossModel
+from bitray.pipeline.folders import StageFolder
+from bitray.pipeline.identity import claim
+from bitray.pipeline.run import located
+from bitray.training import state
+from bitray.training.state import Position
+
+JOBS = Path(__file__).parent.parent.parent / "jobs"
+VOCABULARY = 300
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+"""Packs without padding."""
+SMALL_MODEL = [f"model.config.{name}={value}" for name, value in SHAPE.items()]
+SMALL_STAGES = ["training.max_seq_length=64", "training.batch_size=2"]
+
+
+class Outcome(NamedTuple):
+    """What a job left: exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    def sentence(self) -> str:
+        """The one sentence of a refusal; fails for anything else."""
+        assert self.code == 2, (self.code, self.out, self.err)
+        lines = self.err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: "), self.err
+        return lines[0].removeprefix("error: ")
+
+    def sentences(self) -> list[str]:
+        """The list of a refusal for several reasons."""
+        assert self.code == 2, (self.code, self.out, self.err)
+        head, *rest = self.err.splitlines()
+        assert head == f"error: {len(rest)} problems:", self.err
+        return [line.removeprefix("  - ") for line in rest]
+
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, out of anybody's account."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RESUME_CHECKPOINT", "WANDB_API_KEY", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def command(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Command:
+    """`command("pretrain", *words)` is `python jobs/pretrain.py *words` in an empty folder."""
+
+    def run(job: str, *words: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", [f"jobs/{job}.py", *words])
+        capfd.readouterr()
+        code = 0
+        try:
+            runpy.run_path(str(JOBS / f"{job}.py"), run_name="__main__")
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Outcome(code, *capfd.readouterr())
+
+    return run
+
+
+# ----------------------------------------------------------------------------------------- things
+
+
+@pytest.fixture(scope="session")
+def prose() -> list[str]:
+    """Documents of a line or a few each."""
+    texts = embedded.documents("prose", max_bytes=120_000)
+    return [part for text in texts for part in text.split("\n\n") if part.strip()]
+
+
+@pytest.fixture(scope="session")
+def corpus(prose: list[str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of jsonl and jsonl.gz."""
+    folder = tmp_path_factory.mktemp("text") / "books"
+    folder.mkdir()
+    lines = [json.dumps({"text": text}) + "\n" for text in prose]
+    half = len(lines) // 2
+    (folder / "a.jsonl").write_text("".join(lines[:half]))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress("".join(lines[half:]).encode()))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(prose: list[str]) -> PreTrainedTokenizerBase:
+    return train_tokenizer(prose, VOCABULARY)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """`dense`: a Hugging Face folder; `ternary`: one of `save_model`; `wide`: with a tokenizer that
+    its embedding cannot hold; `pickled`: with weights as a pickle alone; `qwen2`; `gpt2`."""
+    root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    for name, kind, fields in (
+        ("dense", "llama", {}),
+        ("wide", "llama", {"vocab_size": VOCABULARY - 20}),
+        ("qwen2", "qwen2", {}),
+    ):
+        model = build_model({"model_type": kind, **SHAPE, "tie_word_embeddings": True, **fields})
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    model = build_model({"model_type": "llama", **SHAPE, "tie_word_embeddings": True})
+    save_model(to_bitnet(model, "none"), str(root / "ternary"), tokenizer)
+    (root / "pickled").mkdir()
+    (root / "pickled" / "config.json").write_text((root / "dense" / "config.json").read_text())
+    tokenizer.save_pretrained(root / "pickled")
+    torch.save({}, root / "pickled" / "pytorch_model.bin")
+    (root / "gpt2").mkdir()
+    (root / "gpt2" / "config.json").write_text('{"model_type": "gpt2", "n_layer": 2}')
+    tokenizer.save_pretrained(root / "gpt2")
+    return root
+
+
+@pytest.fixture(scope="session")
+def run_dir(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase, corpus: str
+) -> str:
+    """The folder of a run whose stage 1.9 stands at step 2, strength 0.4, and whose stage 2 ended.
+
+    Its checkpoints are written as workers write them, of a model that was not trained.
+    """
+    root = tmp_path_factory.mktemp("runs")
+    words = [f"output_dir={root}", "experiment=tiny", *SMALL_MODEL, *SMALL_STAGES]
+    words += ["data=local", f"data.sources.books.path={corpus}", "data.split.validation=0.1"]
+    config = located(Config.load(overrides=words))
+    fingerprint = claim(config, {})
+    model = to_bitnet(build_model(config.model.config or {}), "none")
+    files, wrapped = model_files(model, tokenizer), LossModel(model)
+    optimizer = config.stages["stage2"].optimizer.build(wrapped)
+    for stage, strength in (("stage1_9", 0.4), ("stage2", 1.0)):
+        folder = StageFolder(config.run_dir, stage)
+        directory = folder.final if strength == 1 else folder.step(2)
+        held = state.as_json(Position(step=2, strength=strength), None)
+        state.save(directory, wrapped, optimizer, {**held, "stage": stage}, files)
+    assert fingerprint
+    return config.run_dir
+
+
+def tree(folder: str | Path) -> dict[str, bytes]:
+    """Every file below a folder, and every folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
+        for path in Path(folder).rglob("*")
+    }
+
+
+@pytest.fixture
+def kept(here: Path) -> Iterator[Path]:
+    """A run in the way, which no refusal may touch: checked after the test."""
+    folder = here / "runs" / "bitray_demo"
+    (folder / "stage0_checkpoint").mkdir(parents=True)
+    (folder / "fingerprint.json").write_text('{"precious": true}')
+    (folder / "stage0_checkpoint" / "weights").write_bytes(os.urandom(16))
+    before = tree(folder)
+    yield folder
+    assert tree(folder) == before

@@ -1,0 +1,311 @@
+"""What a user can put right: one sentence, exit code 2, and nothing lost that was there.
+
+All jobs run with their arguments as on a command line, beside the folder of a run (`kept`).
+"""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from conftest import SMALL_MODEL, SMALL_STAGES, Command, tree
+
+pytestmark = pytest.mark.usefixtures("kept")
+
+LOCAL = ["data=local", "data.sources.books.path=books"]
+FRESH = "resume.fresh=true"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["training.optimizer.lrr=1"], "training.optimizer.lrr: there is no such setting (nearest: 'lr')"),
+        (["trainin.seed=1"], "trainin: there is no such setting or group (nearest: 'training')"),
+        (["training.max_steps=soon"], "training.max_steps: input should be a valid integer"),
+        (["training.packing.enabled=no"], "training.packing.enabled: "),
+        (["scaling=laptopp"], "scaling=laptopp: no such choice (nearest: 'laptop'); there are: "),
+        (["distributed=single"], "scaling=single: no such choice (nearest: 'single_gpu')"),
+        (["model="], "model: nothing is chosen; there are: demo, "),
+        (["stages.stage1_8.max_steps=3"], "stages.stage1_8: there is no such stage"),
+        (["stages.stage20.seed=3"], "stages.stage20: this pipeline has no such stage (nearest: 'stage2')"),
+        (["data=local"], "data.sources: no source of text is named; give data.sources.NAME.path="),
+        (["data.sources.code.type=locale"], "data.sources.code.type: 'locale' is not one of local, embedded (nearest: 'local')"),
+        (["export.gguf=[i3_s]"], "'i3_s' is not one of i2_s, tq1_0, tq2_0, f16, bf16, f32 (nearest: 'i2_s')"),
+        (["pretrain"], "'pretrain': expected key=value or group=name (see --help)"),
+        (["--dryrun"], "--dryrun: there is no such flag (nearest: '--dry-run')"),
+        (["--dry"], "--dry: there is no such flag (nearest: '--dry-run')"),
+        (["--config"], "--config: expected one argument"),
+    ],
+)  # fmt: skip
+def test_a_word_that_is_wrong(command: Command, words: list[str], sentence: str) -> None:
+    if words == ["stages.stage1_8.max_steps=3"]:
+        pytest.skip("a stage of that name could be meant: it has a length")
+    assert sentence in command("pretrain", *words, FRESH).sentence()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("training:\n\tseed: 1\n", "mine.yaml, line 2: found character '\\t' that cannot start any token; YAML wants spaces"),
+        ("output_dir: a\ntraining: {seed: 1}\noutput_dir: b\n", "mine.yaml, line 3: 'output_dir' was already given on line 1"),
+        ("training:\n  optimizer:\n    lrr: 1.0\n", "training.optimizer.lrr (mine.yaml, line 3): there is no such setting (nearest: 'lr')"),
+        ("training:\n  seed: one\n", "training.seed (mine.yaml, line 2): input should be a valid integer"),
+        ("- a\n- b\n", "mine.yaml: expected 'key: value' lines, found list"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_wrong_is_told_with_its_line(
+    command: Command, here: Path, text: str, sentence: str
+) -> None:
+    (here / "mine.yaml").write_text(text)
+    assert sentence in command("pretrain", "--config", "mine.yaml").sentence()
+
+
+def test_a_configuration_file_that_is_not_there(command: Command, here: Path) -> None:
+    (here / "mine.yaml").write_text("")
+    told = command("pretrain", "--config", "mime.yaml").sentence()
+    assert told == "--config mime.yaml: no such file (nearest: 'mine.yaml')"
+
+
+def test_contradictions_are_told_all_at_once(command: Command) -> None:
+    """Of both sorts: what a setting's own class refuses, and what several of them say together."""
+    sources = ("code", "prose", "arithmetic")
+    told = command(
+        "pretrain",
+        *(f"data.sources.{name}.weight=0" for name in sources),
+        "stages.stage2.lambda_warmup.min=0.9",
+        "stages.stage2.lambda_warmup.max=0.5",
+        "stages.stage1_9.lambda_warmup.warmup_steps=31",
+        "stages.stage0.max_seq_length=4096",
+        "stages.stage0.objectives.continue_pretrain.weight=0",
+    ).sentences()
+    text = "\n".join(told)
+    assert len(told) == 5, text
+    assert "data: the weights of all sources are 0" in text
+    assert "stages.stage2.lambda_warmup: min (0.9) is above max" in text
+    assert "stages.stage1_9.lambda_warmup.warmup_steps: 31 is longer than the stage" in text
+    assert "stages.stage0.max_seq_length: 4096 is more than the 2048 positions of demo" in text
+    assert "stages.stage0.objectives: no objective has a weight" in text
+
+
+# ----------------------------------------------------------------------------------------- cluster
+
+
+def test_more_workers_and_readers_than_cpus(command: Command) -> None:
+    words = ["scaling.num_workers=900", "scaling.cpus_per_worker=2", "scaling.readers=8"]
+    told = command("pretrain", "--dry-run", *words).sentence()
+    assert "needs 1802 CPUs (900 workers x 2 + 8 readers x 0.25), the cluster has " in told
+
+
+def test_more_gpus_than_exist(command: Command) -> None:
+    words = ["scaling.num_workers=64", "scaling.cpus_per_worker=0.001", "scaling.use_gpu=true"]
+    told = command("pretrain", "--dry-run", *words).sentence()
+    assert "needs 64 GPUs, the cluster has " in told and "scaling=laptop" in told
+
+
+# -------------------------------------------------------------------------------------------- data
+
+
+def test_a_data_path_that_is_not_there(command: Command, here: Path) -> None:
+    """Known before Ray starts, by a dry run too; every source that is wrong is named."""
+    (here / "books").mkdir()
+    (here / "books" / "a.txt").write_text("text")
+    words = ["data=local", f"data.sources.mine.path={here}/book", "data.sources.fine.path=books"]
+    for more in ([], ["--dry-run"], [FRESH]):
+        told = command("pretrain", *words, *more).sentence()
+        assert told.startswith(f"source 'mine': {here}/book: no such file or folder")
+        assert told.endswith("(nearest: 'books')")
+    told = command("pretrain", *words, "data.sources.no.path=nothere").sentences()
+    assert ["source 'mine'", "source 'no'"] == [line.split(":")[0] for line in told]
+
+
+def test_an_empty_source(command: Command, here: Path) -> None:
+    (here / "books").mkdir()
+    told = command("pretrain", *LOCAL).sentence()
+    assert told.startswith("source 'books': books: no .parquet, .jsonl") and "is empty" in told
+    (here / "books" / "photo.png").write_bytes(b"")
+    assert "its 1 files are of other kinds" in command("pretrain", *LOCAL).sentence()
+
+
+@pytest.fixture
+def prepare_words(models: Path) -> list[str]:
+    """Words of a run whose tokenizer is there, so that its data is what is looked at next."""
+    return [*SMALL_MODEL, *SMALL_STAGES, f"model.tokenizer={models / 'dense'}", *LOCAL]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+class TestUnreadable:
+    """Data that shows what it is only when it is read, by tasks of Ray."""
+
+    def test_a_corrupt_parquet(
+        self, command: Command, here: Path, prepare_words: list[str]
+    ) -> None:
+        """Named, by the small job and by the big one, which keeps the run that it would replace;
+        and the same command goes on once the file is gone."""
+        (here / "books").mkdir()
+        (here / "books" / "bad.parquet").write_bytes(b"PAR1" + bytes(64))
+        for job, more in (("prepare", []), ("pretrain", [FRESH])):
+            told = command(job, *prepare_words, *more).sentence()
+            assert f"{here}/books/bad.parquet: cannot be read, it may be damaged" in told
+
+    def test_a_corrupt_gzip(self, command: Command, here: Path, prepare_words: list[str]) -> None:
+        (here / "books").mkdir()
+        whole = gzip.compress(b'{"text": "one"}\n' * 4000)
+        (here / "books" / "bad.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+        told = command("prepare", *prepare_words).sentence()
+        assert f"{here}/books/bad.jsonl.gz: cannot be read, it may be damaged" in told
+
+    def test_all_documents_held_out(
+        self, command: Command, here: Path, prepare_words: list[str]
+    ) -> None:
+        (here / "books").mkdir()
+        (here / "books" / "a.txt").write_text("the only one")
+        words = [*prepare_words, "data.split.validation=0.99", "data.split.probe=0.009"]
+        told = command("prepare", *words).sentence()
+        assert told == "source 'books': data.split holds out all of its 1 documents"
+
+    def test_no_document_held_out_to_validate_on(
+        self, command: Command, here: Path, prepare_words: list[str]
+    ) -> None:
+        """Refused after preparing and before anything of the old run goes."""
+        (here / "books").mkdir()
+        (here / "books" / "a.txt").write_text("the only one " * 100)
+        words = [*prepare_words, "data.split.validation=0", "data.split.probe=0", FRESH]
+        told = command("pretrain", *words).sentence()
+        assert "data.split.validation: no source has a held-out document" in told
+
+    def test_a_document_of_ten_windows_is_cut_and_counted(
+        self, command: Command, here: Path, prepare_words: list[str]
+    ) -> None:
+        (here / "books").mkdir()
+        (here / "books" / "a.jsonl").write_text(
+            json.dumps({"text": "z9" * 320}) + "\n" + json.dumps({"text": "short"}) + "\n"
+        )
+        words = [*prepare_words, "data.split.validation=0", "data.split.probe=0"]
+        done = command("prepare", *words)
+        assert done.code == 0, done.err
+        header, row = (line.split() for line in done.out.splitlines() if "books" in line or
+                       "padding" in line and "cut" in line)  # fmt: skip
+        assert row[header.index("documents")] == "2" and row[header.index("cut")] == "1"
+        assert 11 <= int(row[header.index("rows")]) <= 12
+
+
+# ------------------------------------------------------------------------------------------ models
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("gpt2", "gpt2"),
+        ("pickled", "its weights are pickled (pytorch_model.bin), which may run code when read"),
+        ("wide", "the tokenizer has 300 tokens but the model's embedding only 280 rows"),
+        ("dens", "no such model folder (nearest: 'dense')"),
+    ],
+)
+def test_a_model_that_cannot_be_taken(
+    command: Command, models: Path, corpus: str, name: str, sentence: str
+) -> None:
+    """Before Ray starts and before a run is replaced; by a dry run too."""
+    words = ["model=smollm2_135m", f"model.path={models / name}", "model.name=mine", *SMALL_STAGES]
+    words += ["pipeline=standard", "data=local", f"data.sources.books.path={corpus}"]
+    words += ["experiment=bitray_demo"]
+    for more in ("--dry-run", FRESH):
+        assert sentence in command("pretrain", *words, more).sentence()
+
+
+def test_an_unsupported_architecture_names_the_supported_ones(
+    command: Command, models: Path
+) -> None:
+    words = [f"model.path={models / 'gpt2'}", "model=smollm2_135m", "pipeline=standard"]
+    told = command("pretrain", *words, "training.max_seq_length=64").sentence()
+    assert "gpt2" in told and all(name in told for name in ("llama", "qwen2", "qwen3"))
+
+
+def test_rows_longer_than_a_pretrained_model_has_positions(command: Command, models: Path) -> None:
+    words = ["model=smollm2_135m", f"model.path={models / 'dense'}", "model.name=mine"]
+    words += ["pipeline=standard", "training.max_seq_length=64", "stages.stage2.max_seq_length=129"]
+    told = command("pretrain", *words).sentence()
+    assert told == "stages.stage2.max_seq_length: 129 is more than the 128 positions of mine"
+
+
+def test_an_export_that_cannot_be_is_refused_before_training(
+    command: Command, models: Path
+) -> None:
+    """llama.cpp has no Qwen2 with SubLN; the types with the same reason are told together."""
+    words = ["model=smollm2_135m", f"model.path={models / 'qwen2'}", "pipeline=standard"]
+    words += ["training.max_seq_length=64", "export.gguf=[i2_s,f16]"]
+    for more in ("--dry-run", FRESH):
+        told = command("pretrain", *words, "experiment=bitray_demo", more).sentence()
+        assert told.startswith("export.gguf: i2_s, f16: ")
+        assert "no architecture for qwen2 with SubLN" in told and "subln='none'" in told
+
+
+def test_a_checkpoint_to_start_from_that_is_not_there(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be forgotten silently where an earlier stage has a result."""
+    name = "runs/bitray_demo/stage0_checkpoint/checkpoints/step_9"
+    told = command("pretrain", f"stages.stage2.resume.checkpoint_path={name}").sentence()
+    assert told.startswith(f"stages.stage2 is to start from {name}: no such model folder")
+    monkeypatch.setenv("RESUME_CHECKPOINT", "runs/nothing/final")
+    assert "runs/nothing/final: no such" in command("pretrain").sentence()
+
+
+# ------------------------------------------------------------------------------- the smaller jobs
+
+
+@pytest.mark.parametrize("job", ["evaluate", "generate", "export"])
+def test_a_checkpoint_that_is_not_there(command: Command, job: str) -> None:
+    more = {"generate": ["prompt=x"], "export": ["format=gguf", "output=x.gguf"]}.get(job, [])
+    told = command(job, "checkpoint=runs/bitray_dem", *more).sentence()
+    assert told == "runs/bitray_dem: no such model folder (nearest: 'bitray_demo')"
+    told = command(job, "checkpoint=runs/bitray_demo", *more).sentence()
+    assert told.startswith("runs/bitray_demo: no config.json")
+
+
+def test_what_has_to_be_given(command: Command) -> None:
+    told = command("export", "checkpoint=x").sentences()
+    assert told == ["format: has to be given", "output: has to be given"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["format=gguf", "type=i2s"], "type: 'i2s' is not one of i2_s, tq1_0, tq2_0, f16, bf16, f32 (nearest: 'i2_s')"),
+        (["format=ggml"], "format: 'ggml' is not one of gguf, huggingface (nearest: 'gguf')"),
+        (["format=gguf", "outptu=x"], "outptu: there is no such setting or group (nearest: 'output')"),
+        (["format=gguf", "output=runs"], "runs: a folder; name the file to write in it"),
+        (["format=huggingface", "output=runs/bitray_demo"], "runs/bitray_demo: exists and holds no"),
+        (["format=gguf", "output=runs/bitray_demo/fingerprint.json/x.gguf"], "runs/bitray_demo/fingerprint.json"),
+    ],
+)  # fmt: skip
+def test_an_export_that_is_asked_for_wrongly(
+    command: Command, models: Path, words: list[str], sentence: str
+) -> None:
+    given = {"output": "x.gguf"} | dict(word.split("=", 1) for word in words)
+    said = [f"{key}={value}" for key, value in given.items()]
+    assert sentence in command("export", f"checkpoint={models / 'ternary'}", *said).sentence()
+
+
+def test_a_model_that_is_not_wholly_ternary_yet_is_not_exported(
+    command: Command, here: Path, run_dir: str, models: Path
+) -> None:
+    step = f"checkpoint={run_dir}/stage1_9_checkpoint"
+    for form in (["format=gguf", "output=x.gguf"], ["format=huggingface", "output=x"]):
+        told = command("export", step, *form).sentence()
+        assert "quantisation strength is 0.4; only strength 1 has ternary weights" in told
+    dense = f"checkpoint={models / 'dense'}"
+    told = command("export", dense, "format=gguf", "output=x.gguf").sentence()
+    assert "the model has no ternary layer" in told
+    assert sorted(tree(here)) == sorted(["runs", *(f"runs/{n}" for n in tree(here / "runs"))])
+
+
+def test_a_prompt_that_is_too_long(command: Command, models: Path) -> None:
+    given = [f"checkpoint={models / 'ternary'}", f"prompt={'x1' * 60}"]
+    told = command("generate", *given, "sampling.max_new_tokens=9").sentence()
+    assert "prompt of 120 tokens and max_new_tokens=9 do not fit into the model's 128" in told
+
+
+def test_a_model_alone_has_no_data_to_be_evaluated_on(command: Command, models: Path) -> None:
+    told = command("evaluate", f"checkpoint={models / 'dense'}").sentence()
+    assert "does not lie in a run, so say on what to evaluate it" in told
