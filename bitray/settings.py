@@ -279,6 +279,8 @@ class Composed(Settings):
     def _spoken(cls, origin: str, values: Mapping[str, Any]) -> Layer:
         groups = cls.groups()
         values = {cls._named(key): value for key, value in values.items()}
+        for group in (key for key, value in values.items() if key in groups and value is None):
+            raise UserError(f"{group}: nothing is chosen; there are: {', '.join(groups[group])}")
         chosen = {key: str(v) for key, v in values.items() if key in groups and _is_name(v)}
         rest = {key: value for key, value in values.items() if key not in chosen}
         roots = {key.split(".")[0] for key in rest}

@@ -219,6 +219,13 @@ def _from_hugging_face(name: str, revision: str | None, dtype: torch.dtype) -> P
     return model
 
 
+def check_weights(path: str) -> None:
+    """`UserError` for a local folder whose config might load but whose weights cannot."""
+    folder = Path(path)
+    if folder.is_dir() and not checkpoint.is_complete(path) and not [*folder.glob("*.safetensors")]:
+        raise UserError(f"{path}: {_why_not(path, OSError())}")
+
+
 def _why_not(name: str, error: Exception) -> str:
     folder = Path(name)
     if folder.is_dir() and not list(folder.glob("*.safetensors")):

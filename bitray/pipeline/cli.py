@@ -1,6 +1,7 @@
 """The command line that all jobs share: flags, `key=value` words, help, and readable failures."""
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -57,16 +58,29 @@ def job(main: Callable[[Arguments], None], doc: str, root: type[Composed], **fla
     )
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it counts its retries, twice each
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         main(arguments)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        known = next((e for e in causes(error) if isinstance(e, UserError)), None)
-        if known is None:
+        told = next(filter(None, map(sentence, causes(error))), None)
+        if told is None:
             raise
-        print(f"error: {known}", file=sys.stderr)
+        print(f"error: {told}", file=sys.stderr)
         sys.exit(2)
+
+
+_PLACES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST}
+"""What is wrong with a place that a user chose to write to."""
+
+
+def sentence(error: BaseException) -> str | None:
+    """What to tell of an error that a user can put right; None for all others."""
+    if isinstance(error, OSError) and error.errno in _PLACES and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) if isinstance(error, UserError) else None
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
@@ -85,7 +99,8 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 def _groups(root: type[Composed]) -> str:
     defaults = set(root.default_groups.values())
     wanted = {*root.default_groups, *(g for g, s in root.slots.items() if s in root.default_groups)}
-    lines = ["groups (* is the default):"]
+    wanted |= set(root.model_fields)
+    lines = ["groups (* is the default):"] if wanted & set(root.groups()) else []
     for group, choices in root.groups().items():
         if group not in wanted:
             continue
@@ -93,5 +108,5 @@ def _groups(root: type[Composed]) -> str:
         for name, about in choices.items():
             mark = "*" if f"{group}/{name}" in defaults else " "
             lines.append(f"   {mark}{name:<22} {about}")
-    lines.append("settings: any path of the configuration, e.g. training.optimizer.lr=1e-3")
+    lines.append(f"settings: {', '.join(root.model_fields)}, and any path below them")
     return "\n".join(lines)

@@ -13,7 +13,13 @@ from bitray.data.job import inputs_of
 from bitray.data.tokenizer import check_vocabulary, tokenizer_identity
 from bitray.export import can_export
 from bitray.models.convert import to_bitnet
-from bitray.models.loading import build_model, load_tokenizer, local_model, skeleton
+from bitray.models.loading import (
+    build_model,
+    check_weights,
+    load_tokenizer,
+    local_model,
+    skeleton,
+)
 from bitray.pipeline.config import Config
 from bitray.pipeline.folders import StageFolder, named_checkpoint
 from bitray.pipeline.report import Table
@@ -53,11 +59,15 @@ def check_resources(config: Config, held: Mapping[str, float]) -> None:
 
 def outline(config: Config) -> PreTrainedModel:
     """The dense model without its weights."""
-    with torch.device("meta"):
-        if config.model.path is None:
-            assert config.model.config is not None
+    path = config.model.path
+    if path is None:
+        assert config.model.config is not None
+        with torch.device("meta"):
             return build_model(config.model.config)
-        return skeleton(config.model.path)
+    with local_model(path) as folder, torch.device("meta"):
+        model = skeleton(folder or path)
+        check_weights(path)
+        return model
 
 
 def check_model(config: Config, model: PreTrainedModel, tokenizer: str | None) -> None:
@@ -141,8 +151,8 @@ def memory(config: Config, stage: str, parameters: int, model: PreTrainedModel) 
         masters=4 * share,
         gradients=4 * share,
         optimizer=8 * share,
-        teacher=low * parameters if settings.objectives.needs_teacher else 0,
-        activations=low * tokens * per_token * shape.num_hidden_layers + chunk,
+        teacher=low * float(parameters) if settings.objectives.needs_teacher else 0.0,
+        activations=float(low * tokens * per_token * shape.num_hidden_layers + chunk),
     )
 
 

@@ -4,9 +4,12 @@ import json
 import logging
 import math
 import os
+import queue
 import shutil
 import tempfile
+import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -15,6 +18,8 @@ from bitray import storage
 
 log = logging.getLogger("bitray")
 Metrics = Mapping[str, float]
+CLOSING_SECONDS = 30.0
+"""How long the end of a stage waits for a tracker."""
 
 
 @runtime_checkable
@@ -97,27 +102,42 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One W&B run over all stages and restarts. A failing tracker never costs a step."""
+    """One W&B run over all stages and restarts. It is spoken to from a thread, so that a tracker
+    that is down or slow never costs a step; what it missed is in `metrics.jsonl`."""
 
     def __init__(self, project: str, name: str, run_id: str, directory: str, config: Any) -> None:
+        online = bool(os.environ.get("WANDB_API_KEY")) or os.environ.get("WANDB_MODE") == "online"
+        arguments = {
+            "project": project, "name": name, "id": run_id, "resume": "allow", "config": config,
+            "dir": tempfile.mkdtemp(prefix="bitray-") if storage.is_remote(directory) else directory,
+            "mode": "online" if online else "offline",
+        }  # fmt: skip
+        self.records: queue.SimpleQueue[dict[str, float] | None] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._send, args=(arguments,), daemon=True)
+        self.thread.start()
+
+    def _send(self, arguments: dict[str, Any]) -> None:
         import wandb
 
-        online = bool(os.environ.get("WANDB_API_KEY")) or os.environ.get("WANDB_MODE") == "online"
-        self.run = wandb.init(
-            project=project, name=name, id=run_id, resume="allow", config=config,
-            dir=tempfile.mkdtemp(prefix="bitray-") if storage.is_remote(directory) else directory,
-            mode="online" if online else "offline",
-        )  # fmt: skip
+        try:
+            run = wandb.init(**arguments)
+            while (record := self.records.get()) is not None:
+                run.log(record)
+            run.finish()
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            warnings.warn(f"Weights & Biases failed, training goes on: {reason}", stacklevel=1)
 
     def write(self, stage: str, step: int, metrics: Metrics) -> None:
-        self.run.log(
-            {f"{stage}/{name}": v for name, v in metrics.items()} | {f"{stage}/step": step}
-        )
+        record = {f"{stage}/{name}": value for name, value in metrics.items()}
+        self.records.put({**record, f"{stage}/step": step})
 
     def flush(self) -> None: ...
 
     def close(self) -> None:
-        self.run.finish()
+        """Waits until all is sent, but not for ever."""
+        self.records.put(None)
+        self.thread.join(timeout=CLOSING_SECONDS)
 
 
 class Console:

@@ -155,7 +155,7 @@ def test_what_a_cut_off_block_owes_is_paid_by_the_next() -> None:
     assert np.abs(owed).max() < 25  # one block's shuffle, not forty
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(
     st.lists(
         st.tuples(

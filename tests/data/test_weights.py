@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitray.data import project_to_bounds
@@ -30,6 +30,7 @@ def bounded(draw: st.DrawFn) -> tuple[np.ndarray, float, float]:
     return np.array(weights), low, high
 
 
+@settings(deadline=None)
 @given(bounded())
 def test_projection_is_that_of_a_bisection_and_keeps_its_bounds(
     case: tuple[np.ndarray, float, float],
@@ -76,6 +77,7 @@ def test_weights_that_are_not_finite_are_refused() -> None:
         project_to_bounds(np.array([0.5, np.nan]), 0.0, 1.0)
 
 
+@settings(deadline=None)
 @given(bounded())
 def test_rounded_weights_sum_to_one_and_keep_the_bounds(
     case: tuple[np.ndarray, float, float],

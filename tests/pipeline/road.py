@@ -26,11 +26,12 @@ TRAINED = ("stage0", "stage1_9", "stage2")
 
 
 class Road:
-    """A run that has ended, and what it left in its folder."""
+    """A run, and what it left in its folder."""
 
-    def __init__(self, config: Config, result: Result) -> None:
-        self.config, self.result = config, result
-        self.folder = Path(result.run_dir)
+    def __init__(self, config: Config, result: Result | None = None) -> None:
+        self.config = config
+        self.folder = Path(config.run_dir)
+        self.result = result or Result(config.run_dir)
 
     def checkpoints(self, stage: str) -> Path:
         return self.folder / f"{stage}_checkpoint" / "checkpoints"

@@ -1,0 +1,83 @@
+"""What only a process of its own can show: exit codes, the streams, and how fast it answers."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import JOBS, tree
+
+LIGHT_SECONDS = 6.0
+"""Of processor time; about 2 in practice, of which torch is most. Ray and transformers add 6."""
+
+
+def call(
+    folder: Path, job: str, *words: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A job as a shell would start it, in an empty folder, without an account or a network."""
+    away = ("RAY_ADDRESS", "RESUME_CHECKPOINT", "WANDB_API_KEY")
+    inherited = {name: value for name, value in os.environ.items() if name not in away}
+    return subprocess.run(
+        [sys.executable, JOBS / f"{job}.py", *words],
+        cwd=folder, capture_output=True, text=True, check=False, timeout=300,
+        env={**inherited, **environment},
+    )  # fmt: skip
+
+
+def seconds() -> float:
+    """Processor time of the children so far."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+@pytest.mark.parametrize(
+    ("job", "words", "code"),
+    [
+        ("pretrain", ["--help"], 0),
+        ("pretrain", ["training.optimizer.lrr=1"], 2),
+        ("prepare", ["data=locall"], 2),
+        ("generate", ["checkpoint=x", "prompt=y", "sampling.top_q=1"], 2),
+    ],
+)
+def test_help_and_a_typo_are_answered_at_once(
+    tmp_path: Path, job: str, words: list[str], code: int
+) -> None:
+    """Without the libraries that take seconds to load, which is what the bound can tell."""
+    before = seconds()
+    done = call(tmp_path, job, *words, PYTHONPROFILEIMPORTTIME="1")
+    spent = seconds() - before
+    lines = done.stderr.splitlines()
+    imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time")}
+    assert done.returncode == code
+    assert imported & {"bitray.settings"} and not imported & {
+        "ray",
+        "transformers",
+        "torch._inductor",
+    }
+    told = [line for line in lines if not line.startswith("import time")]
+    assert len(told) == (code == 2) and all(line.startswith("error: ") for line in told)
+    assert spent < LIGHT_SECONDS, f"{spent:.1f} s"
+
+
+def test_a_hub_that_cannot_be_reached_is_one_sentence(tmp_path: Path) -> None:
+    """Also where libraries write to the terminal themselves. Nobody answers at that address."""
+    done = call(
+        tmp_path, "pretrain", "model=smollm2_135m", "pipeline=standard", "--dry-run",
+        HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "cache"), HF_HUB_OFFLINE="1",
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: HuggingFaceTB/SmolLM2-135M: no such folder, and not loaded from")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_export_speaks_of_nothing_else(tmp_path: Path, models: Path) -> None:
+    """No progress bars and warnings of libraries in a log, and only the file is written."""
+    done = call(
+        tmp_path, "export", f"checkpoint={models / 'ternary'}", "format=gguf", "output=m.gguf"
+    )
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.startswith("m.gguf: i2_s as llama")
+    assert sorted(tree(tmp_path)) == ["m.gguf"]

@@ -1,0 +1,112 @@
+"""Sinks that reach outside of the run's folder: Ray's metrics and W&B, both without any account."""
+
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bitray import Config
+from bitray.pipeline.sinks import RayMetrics, sinks_of, wandb_wanted
+from bitray.training.metrics import Console, JsonLines, TensorBoard, WeightsAndBiases
+
+
+def kinds(config: Config) -> list[type]:
+    sinks = sinks_of(config, "stage0", 0, "an-id", print)
+    for sink in sinks:
+        sink.close()
+    return [type(sink) for sink in sinks]
+
+
+def test_a_key_or_a_wish_brings_wandb_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert not wandb_wanted(Config.load())
+    assert wandb_wanted(Config.load(overrides=["logging.wandb.enabled=true"]))
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert wandb_wanted(Config.load())
+    assert not wandb_wanted(Config.load(overrides=["logging.wandb.enabled=false"]))
+
+
+def test_wandb_without_a_key_writes_one_offline_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody listens where it would send to, and nobody has to; a second stage is the same run."""
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    identity = "0123456789abcdef" * 4
+    began = time.monotonic()
+    for stage in ("stage0", "stage2"):
+        sink = WeightsAndBiases(
+            "bitray", "a-run", identity, str(tmp_path), {"training": {"seed": 7}}
+        )
+        sink.write(stage, 1, {"train/loss": 2.5, "schedule/strength": 0.5})
+        sink.close()
+    assert time.monotonic() - began < 60
+    written = list(tmp_path.glob(f"wandb/offline-run-*-{identity}/run-{identity}.wandb"))
+    content = b"".join(path.read_bytes() for path in written)
+    for name in (b"stage0/train/loss", b"stage2/train/loss", b"stage2/schedule/strength", b"2.5"):
+        assert name in content
+    assert b"seed" in content
+
+
+def test_a_tracker_that_is_down_or_slow_costs_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    def down(**_: object) -> None:
+        time.sleep(1.0)
+        raise ConnectionError("nobody answers\nand more of it")
+
+    monkeypatch.setattr(wandb, "init", down)
+    began = time.monotonic()
+    sink = WeightsAndBiases("bitray", "a-run", "id", str(tmp_path), {})
+    for step in range(100):
+        sink.write("stage0", step, {"train/loss": 1.0})
+    assert time.monotonic() - began < 0.5
+    with pytest.warns(UserWarning, match="Biases failed, training goes on: nobody answers$"):
+        sink.close()
+
+
+@pytest.mark.ray
+def test_all_that_was_asked_for_is_written_to(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    words = [f"output_dir={tmp_path}"]
+    assert kinds(Config.load(overrides=words)) == [JsonLines, RayMetrics, TensorBoard, Console]
+    words += ["logging.tensorboard=false"]
+    assert kinds(Config.load(overrides=words)) == [JsonLines, RayMetrics, Console]
+
+
+@pytest.mark.ray
+def test_gauges_stand_at_the_nodes_metrics_endpoint(ray_cluster: None) -> None:
+    """As Prometheus and the dashboard read them: the last value, by run and stage."""
+    import ray
+
+    sink = RayMetrics("a-run")
+    for step, loss in ((1, 3.5), (2, 2.25)):
+        sink.write("stage2", step, {"train/loss": loss, "mixture/share_code": 0.4})
+    port = ray.nodes()[0]["MetricsExportPort"]
+
+    def scraped() -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            return str(answer.read().decode())
+
+    page = _until(scraped, "bitray_train_loss")
+    lines = {line.split("{")[0]: line for line in page.splitlines() if "bitray_" in line}
+    for name, value in (("train_loss", 2.25), ("train_step", 2.0), ("mixture_share_code", 0.4)):
+        line = next(v for k, v in lines.items() if k.endswith(f"bitray_{name}"))
+        assert float(line.split()[-1]) == value
+        assert 'run="a-run"' in line and 'stage="stage2"' in line
+
+
+def _until(ask: Callable[[], str], word: str, seconds: float = 60) -> str:
+    """Ray exports every few seconds."""
+    end = time.monotonic() + seconds
+    while word not in (answer := ask()):
+        assert time.monotonic() < end, f"{word} did not come"
+        time.sleep(0.5)
+    return answer
