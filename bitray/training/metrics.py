@@ -107,9 +107,10 @@ class WeightsAndBiases:
 
     def __init__(self, project: str, name: str, run_id: str, directory: str, config: Any) -> None:
         online = bool(os.environ.get("WANDB_API_KEY")) or os.environ.get("WANDB_MODE") == "online"
+        remote = storage.is_remote(directory)
         arguments = {
             "project": project, "name": name, "id": run_id, "resume": "allow", "config": config,
-            "dir": tempfile.mkdtemp(prefix="bitray-") if storage.is_remote(directory) else directory,
+            "dir": tempfile.mkdtemp(prefix="bitray-") if remote else directory,
             "mode": "online" if online else "offline",
         }  # fmt: skip
         self.records: queue.SimpleQueue[dict[str, float] | None] = queue.SimpleQueue()

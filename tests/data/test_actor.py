@@ -10,7 +10,7 @@ import pytest
 
 from bitray.data.actor import MixtureActor, mixture_actor
 from bitray.data.mixture import Fenced, StageMixture
-from bitray.data.plan import MixturePlan, SourceSize, opening
+from bitray.data.plan import Entry, MixturePlan, SourceSize, opening
 from bitray.settings import UserError
 
 SIZES = {"a": SourceSize(90, 900), "b": SourceSize(400, 3000)}
@@ -97,9 +97,18 @@ def test_a_stage_begins_where_the_one_before_it_ends(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
-def _entries(journal: list[dict[str, Any]]) -> list[Any]:
-    from bitray.data.plan import Entry
+def test_after_a_stage_that_was_trained_elsewhere_rows_begin_where_one_says(
+    tmp_path: Path,
+) -> None:
+    async def story() -> None:
+        actor = MixtureActor(str(tmp_path))
+        await actor.open("two", stage(after="one", cursors={"b": 7}))
+        assert (await actor.journal("two"))[0]["cursors"] == (0, 7)
 
+    asyncio.run(story())
+
+
+def _entries(journal: list[dict[str, Any]]) -> list[Entry]:
     return [Entry.from_json(entry) for entry in journal]
 
 

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import SMALL_MODEL, SMALL_STAGES, Command, tree
+from command_line import SMALL_MODEL, SMALL_STAGES, Command, tree
 
 pytestmark = pytest.mark.usefixtures("kept")
 
@@ -28,7 +28,7 @@ FRESH = "resume.fresh=true"
         (["model="], "model: nothing is chosen; there are: demo, "),
         (["stages.stage20.seed=3"], "this pipeline has no such stage (nearest: 'stage2')"),
         (["data=local"], "data.sources: no source of text is named; give data.sources.NAME.path="),
-        (["data.sources.code.type=locale"], "code.type: 'locale' is not one of local, embedded (nea"),
+        (["data.sources.code.type=locale"], "code.type: 'locale' is not one of local, embedded (n"),
         (["export.gguf=[i3_s]"], "'i3_s' is not one of i2_s, tq1_0, tq2_0, f16, bf16, f32 (n"),
         (["pretrain"], "'pretrain': expected key=value or group=name (see --help)"),
         (["--dryrun"], "--dryrun: there is no such flag (nearest: '--dry-run')"),

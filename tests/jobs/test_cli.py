@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import JOBS, Command, tree
+from command_line import JOBS, Command, tree
 
 from bitray import Config
 from bitray.settings import UserError

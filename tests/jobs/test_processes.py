@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import JOBS, tree
+from command_line import JOBS, tree
 
 LIGHT_SECONDS = 6.0
 """Of processor time; about 2 in practice, of which torch is most. Ray and transformers add 6."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_MODEL, SMALL_STAGES, Command, tree
+from command_line import SMALL_MODEL, SMALL_STAGES, Command, tree
 from gguf import GGUFReader
 from transformers import AutoModelForCausalLM
 

@@ -1,0 +1,37 @@
+"""A run's folder belongs to one run, from the moment that there is something to lose."""
+
+from pathlib import Path
+
+import pytest
+
+from bitray import Config
+from bitray.pipeline.identity import claim
+from bitray.settings import UserError
+
+
+def config(folder: Path, *words: str) -> Config:
+    return Config.load(overrides=[f"output_dir={folder}", "experiment=mine", *words])
+
+
+def test_another_run_is_refused_with_what_differs(tmp_path: Path) -> None:
+    claim(config(tmp_path), {"256": "a"})
+    (tmp_path / "mine" / "stage0_checkpoint").mkdir()
+    before = (tmp_path / "mine" / "fingerprint.json").read_bytes()
+    with pytest.raises(UserError, match=r"data\.seed: 0 there, 5 now") as caught:
+        claim(config(tmp_path, "data.seed=5"), {"256": "b"})
+    assert "data.256: 'a' there, 'b' now" in str(caught.value)
+    assert (tmp_path / "mine" / "fingerprint.json").read_bytes() == before
+    assert claim(config(tmp_path, "data.seed=5", "resume.fork=true"), {"256": "b"})
+
+
+def test_what_changes_no_result_is_the_same_run(tmp_path: Path) -> None:
+    first = claim(config(tmp_path), {"256": "a"})
+    (tmp_path / "mine" / "stage0_checkpoint").mkdir()
+    words = ["scaling.num_workers=1", "training.log_every=3", "export.gguf=[]"]
+    assert claim(config(tmp_path, *words), {"256": "a"}) == first
+
+
+def test_a_run_that_never_began_may_become_another(tmp_path: Path) -> None:
+    """Its data could not be read, say; the user takes the bad file away and tries again."""
+    first = claim(config(tmp_path), {"256": "a"})
+    assert claim(config(tmp_path), {"256": "without the bad file"}) != first
