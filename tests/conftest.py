@@ -9,7 +9,12 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
+import hypothesis
 import pytest
+
+# Shared machines stall for seconds; how long an example takes says nothing here.
+hypothesis.settings.register_profile("bitray", deadline=None)
+hypothesis.settings.load_profile("bitray")
 
 
 @pytest.fixture(scope="session")

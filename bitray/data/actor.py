@@ -5,11 +5,13 @@ as the lost one would have.
 """
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayActorError
 
 from bitray import storage
 from bitray.data.mixture import Fenced, Mixture, StageMixture
@@ -20,15 +22,28 @@ PATIENCE_S = 30.0
 
 
 def mixture_actor(name: str, directory: str) -> Any:
-    """Handle of the run's `MixtureActor`, started if need be; it lives while a driver holds it."""
+    """Handle of the run's `MixtureActor`, started if need be; it lives while a driver holds it.
+
+    A name may still belong to an actor that is going, if its last handle was dropped just now; then
+    another is started as soon as the name is free.
+    """
     options = {
         "num_cpus": 0,
         "max_restarts": -1,
         "max_task_retries": -1,
         "max_concurrency": 1000,  # calls wait side by side, one for each reader of each stage
     }
-    actor: Any = ray.remote(MixtureActor)
-    return actor.options(name=name, get_if_exists=True, **options).remote(directory)
+    actor: Any = ray.remote(MixtureActor).options(name=name, get_if_exists=True, **options)
+    patience = time.monotonic() + PATIENCE_S
+    while True:
+        handle = actor.remote(directory)
+        try:
+            ray.get(handle.ready.remote())
+            return handle
+        except RayActorError as error:
+            if error.actor_init_failed or time.monotonic() > patience:
+                raise
+            time.sleep(0.1)
 
 
 class MixtureActor:
@@ -46,6 +61,9 @@ class MixtureActor:
         self._changed = asyncio.Condition()
         for info in storage.list_files(directory, (".json",)) if storage.exists(directory) else ():
             self._load(info.uri)
+
+    async def ready(self) -> None:
+        """Answers once the journals are read."""
 
     async def open(
         self, name: str, stage: StageMixture, state: Mapping[str, Any] | None = None

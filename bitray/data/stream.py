@@ -161,7 +161,7 @@ class _Bundles(Datasource):
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
-    ) -> list[ReadTask]:
+    ) -> list[Any]:
         """The reader tasks, in order."""
         return [
             ReadTask(

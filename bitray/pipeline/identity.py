@@ -54,7 +54,8 @@ def claim(config: Config, data: dict[str, str]) -> str:
         there = storage.read_json(uri)
         if there["fingerprint"] != here["fingerprint"] and not config.resume.fork:
             changed = differences(
-                {"data": there["data"], **there["settings"]}, {"data": data, **settings}
+                {"prepared rows": there["data"], **there["settings"]},
+                {"prepared rows": data, **settings},
             )
             raise UserError(_refusal(config.run_dir, changed))
         for name, version in differences(there["environment"], here["environment"]).items():

@@ -189,3 +189,15 @@ def test_a_killed_actor_comes_back_with_its_journal(tmp_path: Path) -> None:
         ray.get(actor.plan.remote("s", generation, tickets[:8]))
     assert (time.perf_counter() - began) / 100 < 0.1  # about 1 ms on an idle machine
     assert np.unique(after["source"]).tolist() == [0, 1]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_name_may_be_taken_again_at_once(tmp_path: Path) -> None:
+    """As when a run follows a run in one driver: the actor of the first may still be going."""
+    import ray
+
+    for number in range(4):
+        actor = mixture_actor("mixture-again", str(tmp_path))
+        assert ray.get(actor.open.remote("s", stage()), timeout=60) == number + 1
+        del actor

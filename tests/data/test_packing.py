@@ -94,9 +94,17 @@ def test_nothing_gives_nothing():
     assert list(pack([[], []], 8)) == []
 
 
-@pytest.mark.parametrize(("length", "open_bins"), [(0, 32), (8, 0)])
+def test_without_bins_every_document_has_a_row_of_its_own():
+    rows = list(pack([[1, 2], [3], [4] * 5], 4, open_bins=0))
+    assert [row.lengths for row in rows] == [[2], [1], [4], [1]]
+    assert [row.input_ids.tolist() for row in rows] == [
+        [1, 2, 0, 0], [3, 0, 0, 0], [4, 4, 4, 4], [4, 0, 0, 0]
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("length", "open_bins"), [(0, 32), (8, -1)])
 def test_impossible_sizes_are_refused(length, open_bins):
-    with pytest.raises(UserError, match=">= 1"):
+    with pytest.raises(UserError, match="packing needs length >= 1"):
         list(pack([[1]], length, open_bins))
 
 

@@ -187,7 +187,9 @@ def fit(root: Path, manifest: Manifest, stages: dict[str, StageMixture], **how: 
             num_workers=how.get("workers", 2), resources_per_worker={"CPU": 0.5}
         ),
         run_config=RunConfig(
-            name="run", storage_path=str(root), failure_config=FailureConfig(max_failures=3)
+            name=f"run-{how.get('workers', 2)}",
+            storage_path=str(root),
+            failure_config=FailureConfig(max_failures=how.get("max_failures", 3)),
         ),
         datasets=datasets,
         dataset_config=TicketConfig(),

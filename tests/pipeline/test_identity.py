@@ -19,7 +19,7 @@ def test_another_run_is_refused_with_what_differs(tmp_path: Path) -> None:
     before = (tmp_path / "mine" / "fingerprint.json").read_bytes()
     with pytest.raises(UserError, match=r"data\.seed: 0 there, 5 now") as caught:
         claim(config(tmp_path, "data.seed=5"), {"256": "b"})
-    assert "data.256: 'a' there, 'b' now" in str(caught.value)
+    assert "prepared rows.256: 'a' there, 'b' now" in str(caught.value)
     assert (tmp_path / "mine" / "fingerprint.json").read_bytes() == before
     assert claim(config(tmp_path, "data.seed=5", "resume.fork=true"), {"256": "b"})
 
