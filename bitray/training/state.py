@@ -1,7 +1,7 @@
 """What a stage is at a step, and how it goes into a checkpoint and comes out again."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -38,8 +38,6 @@ class Position:
     """Strength at which the predecessor ended."""
     best: float | None = None
     """Lowest mean held-out loss so far."""
-    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Step -> domain -> held-out loss."""
 
 
 def tensors_of(model: LossModel, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
