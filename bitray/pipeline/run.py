@@ -5,7 +5,7 @@ from ray.util.queue import Queue
 from bitray import storage
 from bitray.data.actor import mixture_actor
 from bitray.data.job import inputs_of
-from bitray.data.manifest import Manifest
+from bitray.data.manifest import Manifest, digest
 from bitray.pipeline.config import Config
 from bitray.pipeline.console import console
 from bitray.pipeline.finish import Result, finish
@@ -65,7 +65,7 @@ def train(config: Config, material: Material, fingerprint: str, lines: Queue) ->
         return None
     manifests = material.prepare()
     _check_held_out(manifests)
-    name = f"bitray-mixture-{fingerprint[:16]}"
+    name = f"bitray-mixture-{digest([config.run_dir, fingerprint])[:16]}"
     actor = mixture_actor(name, storage.join(config.run_dir, "mixture"))
     flows = streams(config, manifests, material.folders, name)
     for scaling, stages in groups(config, pending):

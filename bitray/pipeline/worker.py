@@ -14,7 +14,7 @@ from ray.util.queue import Queue
 from transformers import PreTrainedModel
 
 from bitray import checkpoint, storage
-from bitray.data.manifest import read_manifest
+from bitray.data.manifest import digest, read_manifest
 from bitray.data.shards import Shards, held_out
 from bitray.data.stream import TicketStream, worker_batches
 from bitray.inference.evaluation import evaluate
@@ -207,7 +207,8 @@ class Stage:
             self.say(f"{self.name:<9} {begins}, step {position.step}/{total}")
             if notice := self.settings.schedule.notice(total):
                 self.say(f"{self.name:<9} {notice}")
-        return sinks_of(self.config, self.name, position.step, self.job.fingerprint, self.say)
+        run_id = digest([self.config.run_dir, self.job.fingerprint])[:16]  # the same after restarts
+        return sinks_of(self.config, self.name, position.step, run_id, self.say)
 
     def teacher(self) -> InProcessTeacher | None:
         """The teacher, if any objective asks for one."""
