@@ -1,0 +1,46 @@
+"""Commands of the README are commands: jobs exist and take these words, make knows its targets.
+
+That jobs do what they say is tested in `tests/jobs` and `tests/pipeline`.
+"""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from bitray import Config
+from bitray.pipeline.requests import Evaluation, Export, Generation
+from bitray.settings import Composed
+
+ROOT = Path(__file__).parent.parent
+JOBS: dict[str, type[Composed]] = {
+    "pretrain": Config, "prepare": Config, "evaluate": Evaluation, "generate": Generation,
+    "export": Export,
+}  # fmt: skip
+
+
+def commands() -> list[str]:
+    """Every command of a code block, continued lines joined."""
+    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if line.startswith(("make", "python", "ray"))]
+
+
+def test_the_readme_has_commands() -> None:
+    assert {"make demo", "make test"} <= set(commands()) and len(commands()) >= 8
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if "jobs/" in c])
+def test_jobs_take_these_words(command: str) -> None:
+    words = shlex.split(command)
+    at = next(k for k, word in enumerate(words) if word.startswith("jobs/"))
+    path = ROOT / words[at]
+    assert path.is_file()
+    assert JOBS[path.stem].load(None, [word for word in words[at + 1 :] if "=" in word])
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("make")])
+def test_make_knows_its_targets(command: str) -> None:
+    target = command.split()[1]
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
