@@ -34,14 +34,16 @@ def quantise(
 ) -> tuple[int, ...]:
     """Weights in multiples of 1 / UNIT that sum to UNIT and keep the bounds, in source order.
 
-    They need not sum to one; a source that is not named gets nothing. `UserError` for unknown
-    sources, weights that are negative or not finite, and weights that are all zero.
+    They need not sum to one; a source that is not named gets nothing, whatever the bounds.
+    `UserError` for unknown sources, weights that are negative or not finite, and weights that are
+    all zero.
     """
     given = _checked(weights, sources)
     given /= given.sum()
     low, high = math.ceil(min_weight * UNIT - 1e-9), math.floor(max_weight * UNIT + 1e-9)
     if low > 0 or high < UNIT:
-        given = project_to_bounds(given, low / UNIT, high / UNIT)
+        named = np.array([name in weights for name in sources])
+        given[named] = project_to_bounds(given[named], low / UNIT, high / UNIT)
     return apportion([Fraction(float(weight)) for weight in given], UNIT)
 
 

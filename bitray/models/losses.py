@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from bitray.models.batch import IGNORED, Batch
 from bitray.models.families import decoder_layers
-from bitray.models.logits import shared_log_softmax
+from bitray.models.logits import log_softmax, shared_log_softmax
 from bitray.models.packed import last_hidden, packed_inputs
 from bitray.nn.linear import compute_dtype
 from bitray.settings import UserError
@@ -67,17 +67,20 @@ class LossModel(nn.Module):
         head_terms: Sequence[Term] = (),
         layer_terms: Sequence[Term] = (),
         teacher: TeacherOutput | None = None,
+        sources: int = 0,
     ) -> tuple[Float[Tensor, ""], Metrics]:
         """`sum_i scale_i * sum_i` with gradient, and detached sums `{term}/sum`, `{term}/{metric}`.
 
-        Position i predicts `labels[:, i+1]`; positions without a label never reach the head. A
-        batch without any label runs like any other, so that collectives match: its loss and
-        gradients are zeros.
+        With `sources` also `by_source` [2, sources]: cross-entropy and counts by source. Position
+        i predicts `labels[:, i+1]`; positions without a label never reach the head. A batch without
+        any label runs like any other, so that collectives match: its loss and gradients are zeros.
         """
         layers = decoder_layers(self.model) if layer_terms else ()
         with capturing(layers) as outputs:
             hidden = last_hidden(self.model, batch)
         metrics: Metrics = defaultdict(lambda: hidden.new_zeros((), dtype=torch.float32))
+        if sources:
+            metrics["by_source"] = hidden.new_zeros((2, sources), dtype=torch.float64)
         loss = self._head_loss(hidden, batch, head_terms, teacher, metrics)
         if layer_terms:
             assert teacher is not None, "layer terms need a teacher"
@@ -99,7 +102,8 @@ class LossModel(nn.Module):
         if any(term.objective.needs_teacher for term in terms):
             assert teacher is not None, "these terms need a teacher"
             told = _Told.of(teacher, learnt, head)
-        chunks = _HeadChunks(following[learnt], terms, told, metrics, self._chunk(hidden))
+        source = batch.source_id.repeat_interleave(batch.labels.shape[1])[learnt]
+        chunks = _HeadChunks(following[learnt], source, terms, told, metrics, self._chunk(hidden))
         # Without terms this still ties head and final norm to the loss: gradients 0, not None.
         return differentiated(chunks, _at(hidden, learnt), head)
 
@@ -234,6 +238,7 @@ class _HeadChunks:
     """All head objectives on the logits of one chunk of tokens after the other."""
 
     labels: Int[Tensor, " n"]
+    source: Int[Tensor, " n"]
     terms: Sequence[Term]
     told: _Told | None
     metrics: Metrics
@@ -264,9 +269,20 @@ class _HeadChunks:
             for term in self.terms:
                 result = term.objective.on_logits(logits, self.labels[rows], told)
                 loss = loss + _add_up(term, result, self.metrics)
+            if "by_source" in self.metrics:
+                self._by_source(logits, rows)
             if not wanted:
                 return loss, logits
             return loss.detach(), torch.autograd.grad(loss, logits)[0].to(dtype)
+
+    @torch.no_grad()
+    def _by_source(self, logits: Tensor, rows: slice) -> None:
+        """Who lost how much; the log-probabilities are those of the cross-entropy term."""
+        logp = log_softmax(logits, 1.0).detach()
+        nll = F.nll_loss(logp, self.labels[rows], reduction="none").double()
+        found = self.metrics["by_source"]
+        found[0].index_add_(0, self.source[rows], nll)
+        found[1].index_add_(0, self.source[rows], torch.ones_like(nll))
 
 
 def _slices(count: int, size: int) -> list[slice]:

@@ -57,6 +57,8 @@ class Window:
     """Of this worker."""
     counts: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Of all workers."""
+    before: torch.Tensor | None = None
+    """`Loop.source_sums` at its start."""
     started: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
     steps: int = 0
@@ -85,11 +87,17 @@ class Loop:
     sources: Sequence[str] = ()
     """Names of what `source_id` numbers."""
     window: Window = field(default_factory=Window)
+    source_sums: torch.Tensor = field(init=False)
+    """Of this worker since the start, by source: tokens, cross-entropy, labels. [3, sources]"""
+
+    def __post_init__(self) -> None:
+        shape = (3, len(self.sources))
+        self.source_sums = torch.zeros(shape, dtype=torch.float64, device=self.device)
 
     def run(self, tickets: Tickets) -> Position:
         """Train until the stage's end, or until somebody asks to stop (then `stopped` is set)."""
         self.model.train()
-        self.window = Window()
+        self.window = Window(before=self.source_sums.clone())
         while self.position.step < self.settings.total_steps and not self.stopped:
             began = time.perf_counter()
             batches = self._draw(tickets)
@@ -178,9 +186,13 @@ class Loop:
         if needs_teacher:
             assert self.teacher is not None, f"{each.names} need a teacher"
             output = self.teacher(each.clean, bool(terms["layer"]))
+        sources = len(self.sources) if "continue_pretrain" in each.names else 0
         with self.autocast:
-            loss, metrics = self.model(each.view, terms["head"], terms["layer"], output)
+            arguments = (terms["head"], terms["layer"], output, sources)
+            loss, metrics = self.model(each.view, *arguments)
         loss.backward()
+        if sources:
+            self.source_sums[1:] += metrics.pop("by_source")
         for key, value in metrics.items():
             self.window.sums[key] += value.double()
 
@@ -212,9 +224,7 @@ class Loop:
     ) -> None:
         for batch in batches if self.sources else ():
             tokens = batch.real.sum(1).double()
-            found = torch.bincount(batch.source_id, tokens, minlength=len(self.sources))
-            for name, value in zip(self.sources, found, strict=True):
-                self.window.sums[f"tokens/{name}"] += value
+            self.source_sums[0].index_add_(0, batch.source_id, tokens)
         for name, count in counts.items():
             self.window.counts[name] += count
         for name, weight in weights.items():
@@ -227,7 +237,7 @@ class Loop:
         step, last = self.position.step, self.position.step >= self.settings.total_steps
         if step % self.settings.log_every == 0 or last or self.stopped:
             self.write(self._summary())
-            self.window = Window()
+            self.window = Window(before=self.source_sums.clone())
         for hook in self.hooks:
             if step % hook.period == 0 or last or self.stopped:
                 hook.fn(self)
@@ -241,6 +251,8 @@ class Loop:
         """Token-weighted means over the window and over all workers."""
         window, settings = self.window, self.settings
         sums = _sum_over_workers({key: float(value) for key, value in window.sums.items()})
+        by_source = self.source_sums - (0 if window.before is None else window.before)
+        tokens, nll, labels = all_reduce_sums(by_source).tolist()
         seconds = time.perf_counter() - window.started
         metrics: dict[str, float] = {"train/loss": 0.0}
         for name in (key[7:] for key in window.counts if key.startswith("weight/")):
@@ -253,8 +265,10 @@ class Loop:
             for key in sums:
                 if key.startswith(f"{name}/") and not key.endswith("/sum"):
                     metrics[f"train/{name}_{key.partition('/')[2]}"] = sums[key] / count
-        for name in self.sources:
-            metrics[f"mixture/share_{name}"] = sums[f"tokens/{name}"] / window.counts["tokens"]
+        for at, name in enumerate(self.sources):
+            metrics[f"mixture/share_{name}"] = tokens[at] / window.counts["tokens"]
+            if labels[at]:
+                metrics[f"mixture/loss_{name}"] = nll[at] / labels[at]
         for group in self.optimizer.param_groups:
             metrics[f"schedule/lr_{group['name']}"] = group["lr"]
         return metrics | {

@@ -1,8 +1,9 @@
 """Settings of one stage of training, and the sizes that follow from them."""
 
+import math
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from bitray.objectives import Objectives
 from bitray.optim import AdamW, Optimizer
@@ -39,6 +40,63 @@ class Resume(Settings):
     strict_model_load: bool = True
 
 
+class InfluenceSettings(Settings):
+    """Remixing of the sources while training, by measured influence (`training.influence`)."""
+
+    enabled: bool = False
+    method: Literal["cosine", "datainf", "dot", "ado"] = "cosine"
+    """What drives; the first three are logged anyway. `ado` needs no probes, only losses."""
+    warmup_steps: int = Field(default=1000, ge=0)
+    """The first decision: early gradients say the same of all sources."""
+    update_interval: int = Field(default=5000, ge=1)
+    """Steps between decisions; more where measuring would cost more than `budget`."""
+    learning_rate: float = Field(default=0.2, gt=0, le=1)
+    """How far weights go towards the optimum at a decision."""
+    min_weight: float = Field(default=0.05, ge=0, le=1)
+    max_weight: float = Field(default=0.60, gt=0, le=1)
+    temperature: float = Field(default=0.5, gt=0)
+    score_ema: float = Field(default=0.5, ge=0, lt=1)
+    """Weight of the past in the running mean of scores."""
+    lambda_val: float = Field(default=0.1, gt=0)
+    """Damping of `datainf`, relative to the mean squared gradient."""
+    probes: dict[str, float] = {}
+    """Weight of each probe domain; empty: all alike."""
+    probe_rows: int = Field(default=32, ge=1)
+    """Held-out rows of each probe domain, the same ones at every decision."""
+    groups: int = Field(default=4, ge=2)
+    """Groups of rows of every source, whose scatter gives the standard error."""
+    group_rows: int = Field(default=4, ge=1)
+    """Rows of a group; other ones at every decision."""
+    depth: float = Field(default=2 / 3, gt=0, le=1)
+    """Share of the decoder layers, counted from the last, whose gradients are compared. Every
+    worker keeps (probes + groups * sources) gradients of its shard of them, in fp32."""
+    budget: float = Field(default=0.01, gt=0)
+    """Rows that measuring may cost, relative to rows trained on."""
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> "InfluenceSettings":
+        if self.min_weight > self.max_weight:
+            raise ValueError(
+                f"min_weight {self.min_weight} is above max_weight {self.max_weight}; swap them"
+            )
+        return self
+
+    def interval(self, probes: int, sources: int, rows_per_step: int) -> int:
+        """Steps between decisions: a function of settings alone, never of measured time."""
+        if self.method == "ado":
+            return self.update_interval
+        rows = probes * self.probe_rows + sources * self.groups * self.group_rows
+        return max(self.update_interval, math.ceil(rows / (self.budget * rows_per_step)))
+
+    def updates(self, interval: int, steps: int) -> int:
+        """Decisions in a stage of so many steps."""
+        return max(0, (steps - 1 - self.first(interval)) // interval + 1)
+
+    def first(self, interval: int) -> int:
+        """The step of the first decision; the very start has nothing to compare."""
+        return self.warmup_steps or interval
+
+
 class TrainingSettings(Settings):
     """One stage. A step is `gradient_accumulation_steps` micro-batches of `batch_size` rows, dealt
     to however many workers there are, so that the global batch does not depend on their number."""
@@ -63,6 +121,8 @@ class TrainingSettings(Settings):
     max_skipped_steps: int = Field(default=10, ge=1)
     """Stop after so many steps in a row with a gradient that is not finite."""
     lambda_warmup: StrengthWarmup = StrengthWarmup()
+
+    influence: InfluenceSettings = InfluenceSettings()
 
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """`auto`: bf16 autocast over fp32 masters on GPUs, fp32 on CPUs."""

@@ -1,0 +1,365 @@
+"""Does remixing by influence find the mixture? A closed loop with known good and bad sources.
+
+A tiny ternary model is to become good at held-out Python code, and may train on: code, near
+duplicates of a few pieces of it, prose, arithmetic, tables of numbers, code with its tokens
+shuffled, random tokens, and single tokens repeated. Reported, per seed: weights over time, how much of the gap between the uniform and the best
+static mixture (within the same bounds) is closed, how well scores rank sources by what up-weighting
+them really does, and what measuring costs. Negative controls: sources that are all alike, and
+sources under permuted names. No Ray: the plan is read in this process.
+
+  python scripts/bench_influence.py --seeds 1 2 3
+"""
+
+import argparse
+import copy
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from bitray.data import embedded
+from bitray.data.mixture import Mixture, StageMixture
+from bitray.data.packing import pack
+from bitray.data.plan import SourceSize
+from bitray.data.reader import read_rows
+from bitray.data.tokenizer import train_tokenizer
+from bitray.inference import evaluate
+from bitray.models.batch import Batch
+from bitray.models.convert import to_bitnet
+from bitray.models.loading import build_model
+from bitray.models.losses import LossModel
+from bitray.training.influence import Influence, Material
+from bitray.training.loop import Every, Loop, autocast_for
+from bitray.training.settings import TrainingSettings
+
+CPU = torch.device("cpu")
+EXACT = autocast_for(CPU, "fp32")
+LENGTH, VOCABULARY = 64, 512
+PROBE = "code"
+JUNK = ("shuffled", "random", "repeated")
+CONFIG = {
+    "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128,
+    "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "max_position_embeddings": LENGTH, "tie_word_embeddings": True,
+}  # fmt: skip
+Documents = list[list[int]]
+
+
+@dataclass
+class Rows:
+    """Packed rows of every source, in memory."""
+
+    rows: dict[str, tuple[np.ndarray, list[list[int]]]] = field(default_factory=dict)
+
+    def add(self, source: str, documents: Documents) -> None:
+        packed = list(pack(documents, LENGTH))
+        ids = np.stack([row.input_ids for row in packed])
+        self.rows[source] = ids, [row.lengths for row in packed]
+
+    def sizes(self, sources: Sequence[str]) -> dict[str, SourceSize]:
+        """For the plan."""
+        held = {name: self.rows[name][1] for name in sources}
+        return {name: SourceSize(len(n), sum(map(sum, n))) for name, n in held.items()}
+
+    def read(
+        self, source: str, split: str, rows: Sequence[int] | np.ndarray
+    ) -> tuple[np.ndarray, list[list[int]]]:
+        """As `Shards.read`."""
+        ids, lengths = self.rows[source]
+        return ids[np.asarray(rows)], [lengths[row] for row in rows]
+
+    def batch(self, source: str, rows: Sequence[int] | np.ndarray) -> Batch:
+        ids, lengths = self.read(source, "train", rows)
+        return Batch.from_rows(ids, lengths, [0] * len(ids))
+
+
+class Corpus:
+    """The sources, and held-out code: to probe with, and to judge by."""
+
+    def __init__(self, seed: int, scale: int) -> None:
+        draw = np.random.default_rng(seed)
+        texts = {domain: self._texts(domain, scale) for domain in ("code", "prose", "arithmetic")}
+        texts["tables"] = [_table(draw) for _ in range(len(texts["arithmetic"]))]
+        every = [text for some in texts.values() for text in some]
+        self.tokenizer: PreTrainedTokenizerFast = train_tokenizer(every, VOCABULARY)
+        code = self._tokens(texts["code"])
+        order = draw.permutation(len(code))
+        held, code = [code[k] for k in order[: len(code) // 5]], [
+            code[k] for k in order[len(code) // 5 :]
+        ]
+        self.shards = Rows()
+        self.shards.add("probe", held[::2])
+        self.shards.add("validation", held[1::2])
+        self.shards.add("code", code)
+        self.shards.add("near", _near_duplicates(code[: max(4, len(code) // 50)], len(code), draw))
+        for domain in ("prose", "arithmetic", "tables"):
+            self.shards.add(domain, self._tokens(texts[domain]))
+        self.shards.add("shuffled", [draw.permutation(d).tolist() for d in code])
+        self.shards.add("random", [draw.integers(2, VOCABULARY, len(d)).tolist() for d in code])
+        self.shards.add("repeated", [[int(draw.integers(2, VOCABULARY))] * len(d) for d in code])
+        self.sources = ("code", "near", "prose", "arithmetic", "tables", *JUNK)
+        for part in range(4):  # sources that are all alike, for the control
+            self.shards.add(f"part{part}", code[part::4])
+
+    @staticmethod
+    def _texts(domain: Any, scale: int) -> list[str]:
+        """Documents of a few hundred characters."""
+        whole = embedded.documents(domain, None, scale)
+        return [text[at : at + 600] for text in whole for at in range(0, len(text), 600)]
+
+    def _tokens(self, texts: list[str]) -> Documents:
+        return [ids for ids in self.tokenizer(texts)["input_ids"] if len(ids) > 2]
+
+
+def _table(draw: np.random.Generator) -> str:
+    """Lines of numbers that count up."""
+    start, step = draw.integers(1, 500, (2, 6))
+    return "\n".join("\t".join(map(str, start + line * step)) for line in range(12))
+
+
+def _near_duplicates(few: Documents, count: int, draw: np.random.Generator) -> Documents:
+    """Copies of a few documents, in each of which one token of fifty is another."""
+    copies = []
+    for number in range(count):
+        ids = np.array(few[number % len(few)])
+        ids[draw.random(len(ids)) < 0.02] = draw.integers(2, VOCABULARY)
+        copies.append(ids.tolist())
+    return copies
+
+
+@dataclass
+class Trained:
+    """A run: its loop, its mixture, and the weights after every decision."""
+
+    loop: Loop
+    mixture: Mixture
+    history: list[dict[str, float]] = field(default_factory=list)
+    notes: list[Mapping[str, Any]] = field(default_factory=list)
+    loss: float = float("nan")
+    overhead: list[float] = field(default_factory=list)
+
+    # a sink
+    def write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        if "influence/overhead" in metrics:
+            self.overhead.append(metrics["influence/overhead"])
+
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class Experiment:
+    """Runs on one corpus, all of the same seed, length and start."""
+
+    def __init__(self, corpus: Corpus, seed: int, steps: int, influence: dict[str, Any]) -> None:
+        self.corpus, self.seed = corpus, seed
+        self.settings = TrainingSettings.model_validate(
+            {
+                "max_steps": steps, "batch_size": 16, "gradient_accumulation_steps": 2,
+                "max_seq_length": LENGTH, "log_every": 10**9, "seed": seed,
+                "optimizer": {"lr": 4e-3, "weight_decay": 0.0},
+                "schedule": {"warmup_steps": 10}, "lambda_warmup": {"enabled": False},
+                "influence": influence,
+            }
+        )  # fmt: skip
+        torch.manual_seed(seed)
+        self.model = to_bitnet(build_model(CONFIG), "none")
+
+    def run(
+        self,
+        weights: Mapping[str, float],
+        remix: bool = False,
+        start: Trained | None = None,
+        steps: int | None = None,
+    ) -> Trained:
+        """Train on these weights, or from them on with influence; from the start or where another
+        run stands; to the end or for some steps."""
+        given = self.settings
+        influence = given.influence
+        model = LossModel(copy.deepcopy(start.loop.model.model if start else self.model))
+        optimizer = given.optimizer.build(model)
+        if start:
+            optimizer.load_state_dict(copy.deepcopy(start.loop.optimizer.state_dict()))
+        names = tuple(weights)
+        interval = influence.interval(1, len(names), given.rows_per_step)
+        mixture = Mixture.opened(self.stage(weights, interval if remix else None), 1, None)
+        loop = Loop("bench", model, optimizer, given, CPU, EXACT, sources=names)
+        done = Trained(loop, mixture)
+        loop.sinks = [done]
+        if start:
+            loop.position = copy.copy(start.loop.position)
+            loop.data_step = start.loop.data_step
+        if remix:
+            loop.hooks = [Every(1, self.influence(done, dict(weights), interval))]
+        if steps is not None:
+            stop = loop.position.step + steps
+            stopping = Every(1, lambda each: setattr(each, "stopped", each.position.step >= stop))
+            loop.hooks = [*loop.hooks, stopping]
+        loop.run(self.tickets(done))
+        done.loss = self.loss(model)
+        return done
+
+    def stage(self, weights: Mapping[str, float], interval: int | None) -> StageMixture:
+        given, influence = self.settings, self.settings.influence
+        return StageMixture(
+            seed=self.seed,
+            manifest="memory",
+            sizes=self.corpus.shards.sizes(tuple(weights)),
+            length=LENGTH,
+            weights=dict(weights),
+            steps=given.total_steps,
+            rows_per_ticket=given.batch_size,
+            tickets_per_step=given.gradient_accumulation_steps,
+            bundle=1,
+            lead=2,
+            period=interval,
+            first_decision=influence.first(interval) if interval else None,
+            bounds=(influence.min_weight, influence.max_weight) if interval else (0.0, 1.0),
+        )
+
+    def tickets(self, run: Trained) -> Iterator[tuple[int, Batch]]:
+        """Micro-batches by the plan as it is decided so far."""
+        size, ticket = self.settings.batch_size, 0
+        ticket = run.loop.data_step * self.settings.gradient_accumulation_steps
+        while True:
+            rows = run.mixture.plan.rows(ticket * size, size)
+            assert (ticket + 1) * size <= run.mixture.decided
+            ids, lengths = read_rows(self.corpus.shards, run.mixture.plan.sources, rows)
+            yield ticket, Batch.from_rows(ids, lengths, rows.source.tolist())
+            ticket += 1
+
+    def influence(self, run: Trained, weights: dict[str, float], interval: int) -> Influence:
+        given, shards = self.settings.influence, self.corpus.shards
+
+        def groups(source: str, number: int) -> list[Batch]:
+            total = len(shards.rows[source][1])
+            first = number * given.groups * given.group_rows
+            at = np.arange(first, first + given.groups * given.group_rows) * 7919 % total
+            return [shards.batch(source, part) for part in np.split(at, given.groups)]
+
+        def decided(step: int, new: Mapping[str, float] | None, notes: Mapping[str, Any]) -> None:
+            entry = run.mixture.decide(step, new, notes)
+            shares = dict(zip(weights, (w / 4096 for w in entry.weights), strict=True))
+            run.history.append(shares)
+            run.notes.append(notes)
+
+        probe = shards.batch("probe", np.arange(given.probe_rows))
+        return Influence(given, interval, Material({PROBE: probe}, groups), weights, decided)
+
+    def loss(self, model: LossModel) -> float:
+        rows = len(self.corpus.shards.rows["validation"][1])
+        batches = [
+            self.corpus.shards.batch("validation", np.arange(at, min(at + 64, rows)))
+            for at in range(0, rows, 64)
+        ]
+        return evaluate(model, {PROBE: batches}, CPU, EXACT)[PROBE]
+
+
+# -------------------------------------------------------------------------------------- questions
+
+
+def ranks(values: Sequence[float]) -> np.ndarray:
+    return np.argsort(np.argsort(values)).astype(float)
+
+
+def spearman(left: Sequence[float], right: Sequence[float]) -> float:
+    """Rank correlation."""
+    return float(np.corrcoef(ranks(left), ranks(right))[0, 1])
+
+
+def uniform(sources: Sequence[str]) -> dict[str, float]:
+    return dict.fromkeys(sources, 1 / len(sources))
+
+
+def best_static(made: Experiment, sources: Sequence[str]) -> dict[str, float]:
+    """Final losses of static mixtures on the bounds: all of code that is allowed, the rest to one
+    other source or to all others alike."""
+    given = made.settings.influence
+    low, high = given.min_weight, given.max_weight
+    rest = 1 - high - low * (len(sources) - 1)
+    found = {}
+    for second in ("near", "prose", "arithmetic", "tables"):
+        weights = dict.fromkeys(sources, low) | {PROBE: high}
+        weights[second] += rest
+        found[second] = made.run(weights).loss
+    return found
+
+
+def up_weighting(made: Experiment, sources: Sequence[str], at: Trained, steps: int) -> list[float]:
+    """By how much more weight on each source, for some steps, lowers the held-out loss."""
+    plain = made.run(uniform(sources), start=at, steps=steps).loss
+    gains = []
+    for source in sources:
+        weights = {name: 0.7 / len(sources) for name in sources}
+        weights[source] += 0.3
+        gains.append(plain - made.run(weights, start=at, steps=steps).loss)
+    return gains
+
+
+def scores_at(made: Experiment, sources: Sequence[str], at: Trained) -> list[float]:
+    """What influence says there."""
+    run = Trained(at.loop, at.mixture)
+    hook = made.influence(run, uniform(sources), 1)
+    found = hook._measured(at.loop)[made.settings.influence.method]
+    return list(found.score[0].tolist())
+
+
+@dataclass
+class Verdict:
+    """Figures of one seed."""
+
+    seed: int
+    uniform: float
+    remixed: float
+    static: float
+    correlation: float
+    junk: float
+    own: float
+    overhead: float
+
+    @property
+    def closed(self) -> float:
+        return (self.uniform - self.remixed) / (self.uniform - self.static)
+
+    def __str__(self) -> str:
+        return (
+            f"seed {self.seed}: uniform {self.uniform:.4f}  remixed {self.remixed:.4f}  "
+            f"best static {self.static:.4f}  gap closed {self.closed:.0%}  "
+            f"spearman {self.correlation:.2f}  after 10 updates: largest junk {self.junk:.3f}, "
+            f"code {self.own:.3f}  overhead {self.overhead:.1%}"
+        )
+
+
+def question(seed: int, steps: int, influence: dict[str, Any], scale: int) -> Verdict:
+    """All of it for one seed."""
+    corpus = Corpus(seed, scale)
+    made = Experiment(corpus, seed, steps, influence)
+    sources = corpus.sources
+    at = made.run(uniform(sources), steps=steps // 3)
+    correlation = spearman(scores_at(made, sources, at), up_weighting(made, sources, at, steps // 8))
+    even = made.run(uniform(sources))
+    remixed = made.run(uniform(sources), remix=True)
+    print(_over_time(remixed), flush=True)
+    static = best_static(made, sources)
+    tenth = remixed.history[min(10, len(remixed.history)) - 1]
+    return Verdict(
+        seed,
+        even.loss,
+        remixed.loss,
+        min(static.values()),
+        correlation,
+        max(tenth[name] for name in JUNK),
+        tenth[PROBE],
+        float(np.median(remixed.overhead)),
+    )
+
+
+def _over_time(run: Trained) -> str:
+    names = list(run.history[0])
+    lines = ["update  " + "  ".join(f"{name[:8]:>8}" for name in names)]
+    for number, weights in enumerate(run.history, start=1):
+        lines.append(f"{number:>6}  " + "  ".join(f"{w:8.3f}" for w in weights.values()))
+    return "\n".join(lines)
