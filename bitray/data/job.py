@@ -78,7 +78,9 @@ class Job:
             "unit_bytes": settings.unit_bytes,
             "sources": {
                 name: {
-                    "settings": source.model_dump(mode="json", exclude={"weight", "licence"}),
+                    "settings": source.model_dump(
+                        mode="json", exclude={"weight", "licence", "probe"}
+                    ),
                     "inputs": [list(one) for one in self.inputs[name]],
                 }
                 for name, source in settings.sources.items()

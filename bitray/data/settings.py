@@ -66,3 +66,14 @@ class DataSettings(Settings):
         """Token shares, summing to 1: the weights relative to each other."""
         total = sum(source.weight for source in self.sources.values())
         return {name: source.weight / total for name, source in self.sources.items()}
+
+    def remixed(self) -> tuple[str, ...]:
+        """Sources that are trained on; those of weight 0 only lend their held-out documents."""
+        return tuple(name for name, source in self.sources.items() if source.weight > 0)
+
+    def probe_domains(self) -> dict[str, list[str]]:
+        """Held-out domains, and the sources whose documents they hold."""
+        domains: dict[str, list[str]] = {}
+        for name, source in self.sources.items():
+            domains.setdefault(source.probe or name, []).append(name)
+        return domains

@@ -43,6 +43,8 @@ class SourceSettings(Settings):
     """Share of training tokens, relative to the other sources' weights."""
     licence: str = "unknown"
     """Recorded in the manifest and the model card."""
+    probe: str | None = None
+    """The held-out domain that its probe documents belong to; None: one of the source's name."""
 
     def inputs(self) -> list[FileInfo]:
         """Every input with size and identity. `UserError` if there is none."""

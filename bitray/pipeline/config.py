@@ -186,8 +186,48 @@ class Config(Composed):
         return [
             text
             for name, stage in self.stages.items()
-            for text in [*_stage_problems(name, stage), *self.too_long(name, most)]
+            for text in [
+                *_stage_problems(name, stage),
+                *self.too_long(name, most),
+                *self._influence_problems(name, stage),
+            ]
         ]
+
+    def influence_interval(self, stage: str) -> int | None:
+        """Steps between decisions about the mixture, or None where there are none."""
+        settings = self.stages[stage]
+        if not settings.influence.enabled or not settings.total_steps:
+            return None
+        sources = len(self.data.remixed())
+        return settings.influence.interval(len(self.probes(stage)), sources, settings.rows_per_step)
+
+    def probes(self, stage: str) -> dict[str, list[str]]:
+        """Probe domains of a stage's influence, and the sources whose documents they hold."""
+        chosen, known = self.stages[stage].influence.probes, self.data.probe_domains()
+        return {name: found for name, found in known.items() if not chosen or chosen.get(name)}
+
+    def _influence_problems(self, name: str, stage: StageSettings) -> list[str]:
+        influence, where = stage.influence, f"stages.{name}.influence"
+        if not influence.enabled:
+            return []
+        known, sources = self.data.probe_domains(), len(self.data.remixed())
+        found = [
+            f"{where}.probes.{probe}: there is no such probe domain{nearest(probe, known)}; "
+            f"there are: {', '.join(known)}"
+            for probe in influence.probes
+            if probe not in known
+        ]
+        if sources < 2:
+            found.append(f"{where}: there is only {sources} source to train on, nothing to remix")
+        elif not sources * influence.min_weight <= 1 <= sources * influence.max_weight:
+            found.append(
+                f"{where}: weights of {sources} sources cannot all lie between min_weight "
+                f"{influence.min_weight:g} and max_weight {influence.max_weight:g} and sum to 1; "
+                f"min_weight must be at most {1 / sources:.4g} and max_weight at least that"
+            )
+        if influence.method == "ado" and not stage.objectives.active(0, 1).get("continue_pretrain"):
+            found.append(f"{where}.method: ado needs the loss of continue_pretrain, which is off")
+        return found
 
     def too_long(self, stage: str, positions: int | None) -> list[str]:
         """What is wrong if rows of a stage are longer than the model has positions."""

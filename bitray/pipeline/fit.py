@@ -40,6 +40,8 @@ def stage_mixture(config: Config, stage: str, manifest: Manifest) -> StageMixtur
     settings, scaling = config.stages[stage], config.scaling_of(stage)
     trained = [name for name, each in config.stages.items() if each.total_steps]
     before = trained[: trained.index(stage)]
+    influence, interval = settings.influence, config.influence_interval(stage)
+    bounds = (influence.min_weight, influence.max_weight)
     least = least_lead(BUNDLE, scaling.num_workers, settings.gradient_accumulation_steps)
     return StageMixture(
         seed=config.data.seed,
@@ -56,6 +58,9 @@ def stage_mixture(config: Config, stage: str, manifest: Manifest) -> StageMixtur
         bundle=BUNDLE,
         max_workers=scaling.num_workers,
         lead=max(LEAD, least),
+        period=interval,
+        first_decision=influence.first(interval) if interval else None,
+        bounds=bounds if interval else (0.0, 1.0),
         after=before[-1] if before else None,
     )
 

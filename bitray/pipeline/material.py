@@ -35,7 +35,7 @@ def tokenizer_of(config: Config) -> str:
         return named
     assert config.model.config is not None
     size, inputs = config.model.config.get("vocab_size", 32000), inputs_of(config.data)
-    aside = {"weight", "licence"}  # they do not change the text
+    aside = {"weight", "licence", "probe"}  # they do not change the text
     sources = {
         name: [source.model_dump(mode="json", exclude=aside), [list(one) for one in inputs[name]]]
         for name, source in config.data.sources.items()

@@ -48,7 +48,10 @@ PICTURES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("Held-out loss", ("eval/*_loss",), "nats"),
     ("Learning rate", ("schedule/lr_*",), "per step"),
     ("Quantisation strength and objective weights", ("schedule/strength", "schedule/*_weight"), ""),
-    ("Mixture", ("mixture/*",), "share of tokens"),
+    ("Mixture: realised shares", ("mixture/share_*",), "share of tokens"),
+    ("Mixture: decided weights", ("influence/weight_*",), "share of tokens"),
+    ("Influence of sources on probes", ("influence/score_*",), "score"),
+    ("Loss by source", ("mixture/loss_*",), "nats"),
     ("Throughput", ("train/tokens_per_second",), "tokens/s"),
     ("Gradient norm", ("train/grad_norm",), ""),
 )
@@ -88,7 +91,7 @@ def write_report(
     parts += [f"<h2>{html.escape(name)}</h2>{table.html()}" for name, table in tables.items()]
     parts.append('<h2>Curves</h2><div class="pictures">')
     parts += [_figure(metrics, *picture) for picture in PICTURES]
-    parts.append("</div>")
+    parts += [_influence(metrics), "</div>"]
     if samples:
         parts.append("<h2>Samples</h2>")
         parts += [_samples(stage, pairs) for stage, pairs in samples.items()]
@@ -134,11 +137,54 @@ def _figure(
     axes.grid(alpha=0.25)
     if len(series) > 1 or "*" in patterns[0]:
         axes.legend(fontsize=7, frameon=False)
+    return _drawn(figure, title)
+
+
+def _drawn(figure: Any, title: str) -> str:
     drawn = io.StringIO()
     figure.savefig(drawn, format="svg", metadata={"Date": None})
     svg = drawn.getvalue()
     svg = svg[svg.index("<svg") :]
     return f"<figure><figcaption>{html.escape(title)}</figcaption>{svg}</figure>"
+
+
+def _influence(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """The matrix of the last decision: what each source does for each probe."""
+    held = [record for record in metrics if any(k.startswith(_SCORE) for k in record)]
+    if not held:
+        return ""
+    from matplotlib.figure import Figure
+
+    matrix = influence_matrix(held[-1])
+    sources = list(next(iter(matrix.values())))
+    values = [[row[source] for source in sources] for row in matrix.values()]
+    most = max(abs(value) for row in values for value in row) or 1.0
+    figure = Figure(figsize=(6.4, 1.6 + 0.4 * len(matrix)), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(values, cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
+    axes.set_xticks(range(len(sources)), sources, fontsize=8, rotation=30, ha="right")
+    axes.set_yticks(range(len(matrix)), list(matrix), fontsize=8)
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            colour = "white" if abs(value) > 0.6 * most else "black"
+            axes.text(x, y, f"{value:.2g}", ha="center", va="center", fontsize=7, color=colour)
+    where = f"{held[-1]['stage']}, step {held[-1]['step']}"
+    return _drawn(figure, f"Influence matrix (probes by sources), {where}")
+
+
+_SCORE, _WEIGHT = "influence/score_", "influence/weight_"
+
+
+def influence_matrix(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Probe -> source -> score, from the metrics of one decision. Names may hold underscores."""
+    sources = sorted((k.removeprefix(_WEIGHT) for k in record if k.startswith(_WEIGHT)), key=len)
+    matrix: dict[str, dict[str, float]] = defaultdict(dict)
+    for name, value in record.items():
+        if name.startswith(_SCORE):
+            pair = name.removeprefix(_SCORE)
+            source = next(s for s in reversed(sources) if pair.endswith(f"_{s}"))
+            matrix[pair.removesuffix(f"_{source}")][source] = float(value)
+    return dict(matrix)
 
 
 def series_of(
@@ -156,7 +202,9 @@ def series_of(
         last = max(last, start + record["step"])
         for name, value in record.items():
             # `train/loss` is a curve of its own; other names fall under `train/*_loss`.
-            if any(fnmatch(name, p) for p in patterns) and isinstance(value, int | float):
-                label = name.partition("/")[2].removesuffix("_loss")
-                series[label].append((start + record["step"], float(value)))
+            found = next((p for p in patterns if fnmatch(name, p)), None)
+            if found and isinstance(value, int | float):
+                head, star, tail = found.partition("*")
+                label = name.removeprefix(head).removesuffix(tail) if star else name
+                series[label.rpartition("/")[2]].append((start + record["step"], float(value)))
     return series, borders

@@ -10,9 +10,13 @@ from bitray.pipeline.config import Config
 from bitray.pipeline.console import Say
 from bitray.training.metrics import Console, JsonLines, Sink, TensorBoard, WeightsAndBiases
 
+BY_SOURCE = ("mixture/share_", "mixture/loss_", "mixture/epoch_", "influence/weight_")
+"""Metrics that end in the name of a source."""
+
 
 class RayMetrics:
-    """Gauges for the Ray dashboard and Prometheus: `bitray_train_loss{run, stage}` and so on."""
+    """Gauges for the Ray dashboard and Prometheus: `bitray_train_loss{run, stage}` and so on; what
+    is told by source is one gauge with a tag, `bitray_mixture_share{run, stage, source}`."""
 
     def __init__(self, run: str) -> None:
         self.run = run
@@ -20,10 +24,18 @@ class RayMetrics:
 
     def write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in {**metrics, "train/step": float(step)}.items():
-            if name not in self.gauges:
-                gauge = "bitray_" + "".join(c if c.isalnum() else "_" for c in name)
-                self.gauges[name] = ray_metrics.Gauge(gauge, name, tag_keys=("run", "stage"))
-            self.gauges[name].set(value, {"run": self.run, "stage": stage})
+            tags = {"run": self.run, "stage": stage}
+            for prefix in BY_SOURCE:
+                if name.startswith(prefix):
+                    tags["source"] = name.removeprefix(prefix)
+                    name = prefix.rstrip("_")  # noqa: PLW2901 - the metric without its source
+            self._gauge(name, tuple(tags)).set(value, tags)
+
+    def _gauge(self, name: str, tags: tuple[str, ...]) -> ray_metrics.Gauge:
+        if name not in self.gauges:
+            gauge = "bitray_" + "".join(c if c.isalnum() else "_" for c in name)
+            self.gauges[name] = ray_metrics.Gauge(gauge, name, tag_keys=tags)
+        return self.gauges[name]
 
     def flush(self) -> None: ...
     def close(self) -> None: ...

@@ -33,9 +33,11 @@ from bitray.pipeline.config import Config
 from bitray.pipeline.console import Say, speaking
 from bitray.pipeline.folders import StageFolder, predecessor, resume_point, teacher_of
 from bitray.pipeline.material import RowKind
+from bitray.pipeline.remix import few_updates, remixing
 from bitray.pipeline.sinks import sinks_of
 from bitray.settings import UserError
 from bitray.training import state
+from bitray.training.influence import Influence
 from bitray.training.loop import Every, Loop, autocast_for, mean_loss, seed_of
 from bitray.training.metrics import Sink
 from bitray.training.parallel import from_rank_zero, parallelize, world
@@ -92,6 +94,7 @@ class Stage:
     say: Say
     files: dict[str, bytes] = field(init=False)
     """What describes the model in every checkpoint."""
+    influence: Influence | None = None
 
     def __post_init__(self) -> None:
         self.config = self.job.config
@@ -178,7 +181,7 @@ class Stage:
         found = from_rank_zero(lambda: resume_point(self.config, self.name))
         if found:
             position, data = state.resume(found, model, optimizer, settings.resume)
-        return Loop(
+        loop = Loop(
             stage=self.name,
             model=model,
             optimizer=optimizer,
@@ -196,6 +199,21 @@ class Stage:
             data_step=data["step"] if data else 0,
             sources=tuple(self.config.data.sources),
         )
+        self.influence = remixing(self.config, self.name, self.shards, self.decided, self.say)
+        if self.influence is not None:
+            if data and found:
+                self.influence.resume(loop, checkpoint.load_state(found)["influence"])
+            # first: a decision has to be taken before a checkpoint of the same step
+            loop.hooks = [Every(1, self.influence), *loop.hooks]
+        return loop
+
+    def decided(
+        self, step: int, weights: Mapping[str, float] | None, notes: Mapping[str, Any]
+    ) -> None:
+        """Have a decision about the mixture recorded."""
+        if world()[0] == 0:
+            actor: Any = ray.get_actor(self.job.streams[self.name].actor)
+            ray.get(actor.set_weights.remote(self.name, step, weights, notes))
 
     def sinks(self, found: str | None, position: Position) -> Sequence[Sink]:
         """Where metrics go; on rank 0 alone, which also says how the stage begins."""
@@ -205,7 +223,8 @@ class Stage:
         if total:
             begins = f"continues from {found}" if found else "begins"
             self.say(f"{self.name:<9} {begins}, step {position.step}/{total}")
-            if notice := self.settings.schedule.notice(total):
+            notices = self.settings.schedule.notice(total), few_updates(self.config, self.name)
+            for notice in filter(None, notices):
                 self.say(f"{self.name:<9} {notice}")
         run_id = digest([self.config.run_dir, self.job.fingerprint])[:16]  # the same after restarts
         return sinks_of(self.config, self.name, position.step, run_id, self.say)
@@ -264,6 +283,8 @@ class Stage:
             actor: Any = ray.get_actor(self.job.streams[self.name].actor)
             data = ray.get(actor.state.remote(self.name, loop.data_step))
         held = state.as_json(loop.position, data) | {"stage": self.name, "time": time.time()}
+        if self.influence is not None:
+            held["influence"] = self.influence.state(loop)
         state.save(directory, loop.model, loop.optimizer, held, self.files)
         for sink in loop.sinks:
             sink.flush()

@@ -160,9 +160,9 @@ def learning_speed(
 
     The law is linear in logarithms once `e` is known, which is tried on a grid.
     """
-    n, loss = (np.array(column, np.float64) for column in zip(*points, strict=True))
-    if len(points) < 3 or not np.isfinite(loss).all():
+    if len(points) < 3 or not np.isfinite(points).all():
         return None
+    n, loss = np.array(points, np.float64).T
     best: tuple[float, float] | None = None
     x = np.log(n) - np.log(n).mean()
     for floor in np.linspace(0, 0.98, 50) * loss.min():

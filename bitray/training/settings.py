@@ -1,7 +1,7 @@
 """Settings of one stage of training, and the sizes that follow from them."""
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -59,7 +59,7 @@ class InfluenceSettings(Settings):
     """Weight of the past in the running mean of scores."""
     lambda_val: float = Field(default=0.1, gt=0)
     """Damping of `datainf`, relative to the mean squared gradient."""
-    probes: dict[str, float] = {}
+    probes: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
     """Weight of each probe domain; empty: all alike."""
     probe_rows: int = Field(default=32, ge=1)
     """Held-out rows of each probe domain, the same ones at every decision."""
@@ -74,11 +74,13 @@ class InfluenceSettings(Settings):
     """Rows that measuring may cost, relative to rows trained on."""
 
     @model_validator(mode="after")
-    def _bounds_in_order(self) -> "InfluenceSettings":
+    def _is_consistent(self) -> "InfluenceSettings":
         if self.min_weight > self.max_weight:
             raise ValueError(
                 f"min_weight {self.min_weight} is above max_weight {self.max_weight}; swap them"
             )
+        if self.probes and not sum(self.probes.values()):
+            raise ValueError("the weights of all probes are 0, so nothing says what is better")
         return self
 
     def interval(self, probes: int, sources: int, rows_per_step: int) -> int:
@@ -88,13 +90,13 @@ class InfluenceSettings(Settings):
         rows = probes * self.probe_rows + sources * self.groups * self.group_rows
         return max(self.update_interval, math.ceil(rows / (self.budget * rows_per_step)))
 
-    def updates(self, interval: int, steps: int) -> int:
-        """Decisions in a stage of so many steps."""
-        return max(0, (steps - 1 - self.first(interval)) // interval + 1)
-
     def first(self, interval: int) -> int:
         """The step of the first decision; the very start has nothing to compare."""
         return self.warmup_steps or interval
+
+    def updates(self, interval: int, steps: int) -> int:
+        """Decisions in a stage of so many steps."""
+        return max(0, (steps - self.first(interval)) // interval + 1)
 
 
 class TrainingSettings(Settings):

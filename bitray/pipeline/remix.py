@@ -1,0 +1,89 @@
+"""What a stage's influence is measured on: held-out rows of the probe domains, rows of the sources.
+
+The mathematics and the hook are in `bitray.training`.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from bitray.data.permutation import key_of, place
+from bitray.data.shards import Shards, held_out
+from bitray.models.batch import Batch
+from bitray.pipeline.config import Config
+from bitray.settings import UserError
+from bitray.training.influence import Decide, Influence, Material
+
+FEW = 10
+"""Updates below which remixing hardly gets anywhere: weights go a fifth of the way in each."""
+
+
+def remixing(
+    config: Config,
+    stage: str,
+    shards: Shards,
+    on_decision: Decide,
+    say: Callable[[str], None],
+) -> Influence | None:
+    """The hook of a stage, at its start; None where influence is off."""
+    interval, shares = config.influence_interval(stage), config.data.shares()
+    if interval is None:
+        return None
+    return Influence(
+        settings=config.stages[stage].influence,
+        interval=interval,
+        material=Material(_probes(config, stage, shards), _groups(config, stage, shards)),
+        weights={name: shares[name] for name in config.data.remixed()},
+        on_decision=on_decision,
+        say=say,
+    )
+
+
+def few_updates(config: Config, stage: str) -> str | None:
+    """A sentence where a stage is too short for its influence to get anywhere."""
+    interval, settings = config.influence_interval(stage), config.stages[stage]
+    if interval is None:
+        return None
+    first, count = settings.influence.first(interval), settings.influence.updates
+    updates = count(interval, settings.total_steps)
+    if updates >= FEW:
+        return None
+    return (
+        f"influence: only {updates} updates fit into {settings.total_steps} steps (the first at "
+        f"step {first}, then every {interval}); lower influence.warmup_steps or .update_interval"
+    )
+
+
+def _probes(config: Config, stage: str, shards: Shards) -> dict[str, Batch]:
+    """Fixed held-out rows of each domain, as many of each of its sources."""
+    probes = {}
+    for domain, sources in config.probes(stage).items():
+        rows = -(-config.stages[stage].influence.probe_rows // len(sources))
+        found = [part for s, part in held_out(shards, "probe", rows).items() if s in sources]
+        if not found:
+            raise UserError(
+                f"stages.{stage}.influence: the probe domain '{domain}' has no held-out document; "
+                "raise data.split.probe, give more text, or leave it out of influence.probes"
+            )
+        ids = np.concatenate([part[0] for part in found])
+        lengths = [one for part in found for one in part[1]]
+        probes[domain] = Batch.from_rows(ids, lengths, [0] * len(ids))
+    return probes
+
+
+def _groups(config: Config, stage: str, shards: Shards) -> Callable[[str, int], Sequence[Batch]]:
+    """Rows of a source for the n-th decision: its next ones in an order of their own."""
+    settings = config.stages[stage].influence
+    size = settings.groups * settings.group_rows
+
+    def groups(source: str, number: int) -> list[Batch]:
+        cursor = number * size + np.arange(size)
+        total = np.full(size, shards.num_rows(source))
+        key = np.full(size, key_of(config.data.seed, "influence", stage, source))
+        ids, lengths = shards.read(source, "train", place(cursor, total, key)[1])
+        return [
+            Batch.from_rows(ids[at], [lengths[k] for k in at], [0] * len(at))
+            for at in np.split(np.arange(size), settings.groups)
+        ]
+
+    return groups
