@@ -208,7 +208,7 @@ class Config(Composed):
 
     def _influence_problems(self, name: str, stage: StageSettings) -> list[str]:
         influence, where = stage.influence, f"stages.{name}.influence"
-        if not influence.enabled:
+        if not influence.enabled or not stage.total_steps:
             return []
         known, sources = self.data.probe_domains(), len(self.data.remixed())
         found = [

@@ -85,7 +85,7 @@ def test_all_that_was_asked_for_is_written_to(
 
 @pytest.mark.ray
 def test_gauges_stand_at_the_nodes_metrics_endpoint(ray_cluster: None) -> None:
-    """As Prometheus and the dashboard read them: the last value, by run and stage."""
+    """As Prometheus and the dashboard read them: the last value, by run, stage and source."""
     import ray
 
     sink = RayMetrics("a-run")
@@ -99,10 +99,11 @@ def test_gauges_stand_at_the_nodes_metrics_endpoint(ray_cluster: None) -> None:
 
     page = _until(scraped, 'run="a-run"')
     lines = {line.split("{")[0]: line for line in page.splitlines() if 'run="a-run"' in line}
-    for name, value in (("train_loss", 2.25), ("train_step", 2.0), ("mixture_share_code", 0.4)):
+    for name, value in (("train_loss", 2.25), ("train_step", 2.0), ("mixture_share", 0.4)):
         line = next(v for k, v in lines.items() if k.endswith(f"bitray_{name}"))
         assert float(line.split()[-1]) == value
         assert 'stage="stage2"' in line
+    assert 'source="code"' in lines[next(k for k in lines if k.endswith("mixture_share"))]
 
 
 def _until(ask: Callable[[], str], word: str, seconds: float = 60) -> str:

@@ -1,0 +1,155 @@
+"""Influence in a real run on Ray: decisions are taken, recorded, take effect and survive a kill."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from road import Road, differing, weights
+from test_run import wait_for, workers
+
+from bitray import Config, checkpoint
+from bitray.pipeline.report import influence_matrix, series_of
+from bitray.pipeline.run import run
+from bitray.settings import UserError
+
+SOURCES = ("code", "prose", "arithmetic")
+STEPS, LEAD = 32, 16
+
+
+@pytest.fixture(scope="module")
+def configured_to_remix(words: Callable[..., list[str]]) -> Callable[..., Config]:
+    def of(experiment: str, *more: str) -> Config:
+        shared = [w for w in words(experiment) if not w.startswith(("stages.", "export."))]
+        return Config.load(
+            overrides=[
+                "training=stage0_pretrain", *shared, f"training.max_steps={STEPS}",
+                "data.split.probe=0.1", "training.save_every=5",
+                "training.influence.enabled=true", "training.influence.warmup_steps=4",
+                "training.influence.update_interval=4", "training.influence.budget=99",
+                "training.influence.probe_rows=4", "training.influence.group_rows=2",
+                "training.influence.learning_rate=0.8", "training.influence.probes={code: 1}",
+                *more,
+            ]
+        )  # fmt: skip
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def remixed(ray_cluster: None, configured_to_remix: Callable[..., Config]) -> Road:
+    config = configured_to_remix("remixed")
+    return Road(config, run(config))
+
+
+@pytest.mark.ray
+def test_decisions_are_taken_recorded_and_take_effect(remixed: Road) -> None:
+    journal = remixed.json("mixture/stage0.json")["journal"]
+    assert [entry["step"] for entry in journal] == [-1, *range(4, STEPS + 1, 4)]
+    assert [e["first_row"] for e in journal[1:]] == [6 * (e["step"] + LEAD) for e in journal[1:]]
+    assert len({tuple(entry["weights"]) for entry in journal}) > 2
+    for entry in journal[1:]:
+        assert sum(entry["weights"]) == 4096
+        assert all(0.05 * 4096 <= w <= 0.6 * 4096 for w in entry["weights"])
+        assert set(entry["notes"]["scores"]) == {"code"}
+    assert checkpoint.load_state(remixed.final("stage0"))["data"]["journal"] == journal
+    shares = remixed.metrics("stage0", "mixture/share_code")
+    assert len(shares) == STEPS
+    logged = remixed.metrics("stage0", "influence/weight_code")
+    assert logged == [entry["weights"][0] / 4096 for entry in journal[1:]]
+
+
+@pytest.mark.ray
+def test_the_report_shows_the_mixture_and_the_matrix(remixed: Road) -> None:
+    page = (remixed.folder / "report.html").read_text()
+    for title in ("decided weights", "realised shares", "Influence matrix", "Loss by source"):
+        assert title in page
+    records = [line for line in remixed.lines("stage0") if "influence/seconds" in line]
+    matrix = influence_matrix(records[-1])
+    assert list(matrix) == ["code"] and tuple(matrix["code"]) == SOURCES
+    curves, _ = series_of(remixed.lines("stage0"), ("mixture/loss_*",))
+    assert set(curves) == set(SOURCES)
+
+
+@pytest.mark.ray
+def test_a_kill_changes_no_decision(
+    remixed: Road, configured_to_remix: Callable[..., Config]
+) -> None:
+    """Decisions of the lost part are taken again, and are the same."""
+    config = configured_to_remix("remixed_killed")
+    disturbed = Road(config)
+    killed: list[int] = []
+
+    def kill() -> None:
+        wait_for(disturbed.checkpoints("stage0") / "step_000010" / "COMPLETE")
+        while not any(
+            "influence/seconds" in m and m["step"] == 12 for m in disturbed.lines("stage0")
+        ):
+            time.sleep(0.005)
+        victim = workers()[-1]
+        victim.send_signal(signal.SIGKILL)
+        killed.append(victim.pid)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    run(config)
+    killer.join(60)
+    assert killed and disturbed.json("mixture/stage0.json")["generation"] == 2
+    mine, theirs = (r.json("mixture/stage0.json")["journal"] for r in (disturbed, remixed))
+    assert mine == theirs
+    assert not differing(weights(disturbed.final("stage0")), weights(remixed.final("stage0")))
+    assert disturbed.metrics("stage0") == remixed.metrics("stage0")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["min_weight=0.4"], "weights of 3 sources cannot all lie between min_weight 0.4"),
+        (["max_weight=0.3"], "max_weight 0.3 and sum to 1; min_weight must be at most 0.3333"),
+        (
+            ["probes={cod: 1}"],
+            "influence.probes.cod: there is no such probe domain (nearest: 'code')",
+        ),
+        (["probes={code: 0}"], "the weights of all probes are 0"),
+        (["min_weight=0.5", "max_weight=0.2"], "min_weight 0.5 is above max_weight 0.2"),
+        (["method=cosin"], "cosine"),
+        (["probes={code: -1}"], "influence.probes.code"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(words: list[str], said: str) -> None:
+    given = ["training.influence.enabled=true", *(f"training.influence.{w}" for w in words)]
+    with pytest.raises(UserError) as refused:
+        Config.load(overrides=given)
+    assert said in str(refused.value)
+
+
+def test_one_source_leaves_nothing_to_remix(tmp_path: Path) -> None:
+    words = ["data=local", f"data.sources.a.path={tmp_path}", "training.influence.enabled=true"]
+    with pytest.raises(UserError, match="only 1 source to train on, nothing to remix"):
+        Config.load(overrides=words)
+
+
+def test_a_source_of_weight_0_only_probes() -> None:
+    words = ["data.sources.prose.weight=0", "data.sources.prose.probe=books"]
+    config = Config.load(overrides=[*words, "training.influence.enabled=true"])
+    assert config.data.remixed() == ("code", "arithmetic")
+    assert config.probes("stage2") == {
+        "code": ["code"], "books": ["prose"], "arithmetic": ["arithmetic"]
+    }  # fmt: skip
+
+
+def test_the_interval_follows_from_the_budget_alone() -> None:
+    """(P b_p + K S b) / (0.01 B): 3 probes of 32 rows, 3 sources of 4 groups of 4, 8 a step."""
+    config = Config.load(overrides=["training.influence.enabled=true"])
+    assert config.influence_interval("stage2") == 1800 == (3 * 32 + 3 * 16) * 100 // 8
+    assert config.influence_interval("stage1") is None
+    assert Config.load().influence_interval("stage2") is None
+
+
+def test_names_with_underscores_keep_apart() -> None:
+    record = {"influence/weight_b": 0.5, "influence/weight_a_b": 0.5,
+              "influence/score_p_b": 1.0, "influence/score_p_a_b": 2.0,
+              "influence/score_p_q_b": 3.0, "influence/score_p_q_a_b": 4.0}  # fmt: skip
+    assert influence_matrix(record) == {"p": {"b": 1.0, "a_b": 2.0}, "p_q": {"b": 3.0, "a_b": 4.0}}
