@@ -197,7 +197,7 @@ def test_training_is_the_same_with_decisions_that_change_nothing() -> None:
 def test_a_resumed_run_decides_alike(method: str, tmp_path: Path) -> None:
     """Stopped in mid-interval, at a decision, and before the first one."""
     whole = Run(method).train()
-    for stop in (2, 4, 7, 8, 11):
+    for stop in (2, 7, 8):
         half = Run(method).train(until=stop)
         directory = str(tmp_path / f"{stop}")
         held = state.as_json(half.loop.position, half.mixture.state(stop))
