@@ -9,6 +9,7 @@ from bitray.data.job import inputs_of
 from bitray.data.manifest import Manifest, digest
 from bitray.data.prepare import prepare, prepared_identity
 from bitray.data.settings import DataSettings
+from bitray.data.sources import ASIDE
 from bitray.data.tokenizer import train_tokenizer
 from bitray.data.units import documents
 from bitray.pipeline.config import Config, StageSettings
@@ -35,9 +36,8 @@ def tokenizer_of(config: Config) -> str:
         return named
     assert config.model.config is not None
     size, inputs = config.model.config.get("vocab_size", 32000), inputs_of(config.data)
-    aside = {"weight", "licence"}  # they do not change the text
     sources = {
-        name: [source.model_dump(mode="json", exclude=aside), [list(one) for one in inputs[name]]]
+        name: [source.model_dump(mode="json", exclude=ASIDE), [list(one) for one in inputs[name]]]
         for name, source in config.data.sources.items()
     }
     key = digest([size, config.data.split.model_dump(), sources])

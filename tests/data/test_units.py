@@ -54,7 +54,7 @@ def prepared(corpus: Path, root: Path, **settings: object) -> Manifest:
 def texts_of(root: Path, manifest: Manifest, split: str) -> set[str]:
     """Documents (or pieces of long ones) of a split, as text, read back from its rows."""
     shards = Shards(str(root), manifest)
-    ids, lengths = shards.read("docs", split, range(manifest.num_rows("docs", split)))
+    ids, lengths, _ = shards.read("docs", split, range(manifest.num_rows("docs", split)))
     found = set()
     for row, counts in zip(ids, lengths, strict=True):
         ends = itertools.accumulate(counts, initial=0)
@@ -192,7 +192,10 @@ def test_empty_sources_and_lost_training_data_are_named(tmp_path):
     folder = tmp_path / "corpus"
     folder.mkdir()
     write(folder / "a.jsonl", ["", " "])
-    with pytest.raises(UserError, match=r"'docs' holds no document \(2 rows, 2 empty, 0 unusable"):
+    with pytest.raises(
+        UserError,
+        match=r"'docs' holds no document \(2 rows, 2 empty, 0 left out by its filters, 0 un",
+    ):
         prepared(folder, tmp_path / "out")
     write(folder / "a.jsonl", ["one document"])
     with pytest.raises(UserError, match="holds out all of its 1 documents"):
