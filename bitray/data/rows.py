@@ -12,7 +12,8 @@ from pydantic import Field, field_validator, model_validator
 from bitray.settings import Settings, nearest
 
 Row = Mapping[str, Any]
-Scalar = bool | int | float | str
+Number = int | float
+Scalar = bool | Number | str
 
 
 class Found(NamedTuple):
@@ -23,6 +24,11 @@ class Found(NamedTuple):
     problem: str = ""
     prompt: str = ""
     """Comes before the text, and is read but not learnt."""
+
+    @property
+    def is_document(self) -> bool:
+        """Whether there is something to learn in it."""
+        return bool(self.text) and not str(self.text).isspace()
 
 
 class BadRow(Exception):
@@ -55,7 +61,7 @@ class Filter(Settings):
         if value is None:
             return False
         if (self.at_least, self.at_most) != (None, None):
-            _check(column, value, int | float, "a number")
+            _check(column, value, Number, "a number")
             if not _between(self.at_least, value, self.at_most):
                 return False
         if (self.min_length, self.max_length) != (None, None):
@@ -168,7 +174,7 @@ def _printed(row: Row, column: str, labels: tuple[str, ...]) -> str:
     """A value in a template; an integer by its name, if there are names."""
     value = _cell(row, column)
     if not labels or isinstance(value, str):
-        _check(column, value, str | int | float, "text or a number")
+        _check(column, value, str | Number, "text or a number")
         return str(value)
     _check(column, value, int, "a label's number")
     if not 0 <= value < len(labels):
@@ -195,5 +201,5 @@ def _check(column: str, value: Any, kind: Any, name: str) -> None:
         raise BadRow(f"column '{column}' holds {type(value).__name__}, not {name}")
 
 
-def _between(least: float | None, value: float, most: float | None) -> bool:
+def _between(least: Number | None, value: Number, most: Number | None) -> bool:
     return (-math.inf if least is None else least) <= value <= (math.inf if most is None else most)

@@ -44,11 +44,9 @@ class Tally:
             self._skip(f"{found.place} ({found.problem})")
         elif found.text is None:
             self.filtered += 1
-        elif not found.text or found.text.isspace():
+        elif not found.is_document:
             self.empty += 1
-        else:
-            return True
-        return False
+        return found.is_document
 
     def skipped(self) -> Skipped:
         """The bad rows so far."""
@@ -137,8 +135,8 @@ def run_unit(task: Task, unit: Unit, encoder: Encoder) -> UnitResult:
     splits = {split: _Split(task) for split in SPLITS}
     left, cut = Left(unit.documents, unit.tokens), False
     for found, ids, prompt in _encoded(settings.sources[unit.source], unit, encoder):
-        if cut := left.nothing or not left.fits(1, len(ids)):
-            break
+        if cut := found.is_document and not left.fits(1, len(ids)):
+            break  # rows that are no documents count up to here, whatever limit the unit has
         if tally.takes(found):
             left = left.less(1, len(ids))
             split = split_of(f"{found.prompt}{found.text}", settings.split)
