@@ -8,7 +8,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -75,7 +75,7 @@ def split_file(file: storage.FileInfo, size: int) -> list[Part]:
 # ------------------------------------------------------------------------------------------ jsonl
 
 
-def _opened(uri: str) -> BinaryIO:
+def _opened(uri: str) -> io.BufferedReader:
     """A file as buffered bytes, unpacked."""
     raw = storage.open_input(uri)
     for ending, codec in COMPRESSED.items():
@@ -84,7 +84,7 @@ def _opened(uri: str) -> BinaryIO:
     return raw
 
 
-def _lines(file: BinaryIO, part: Part) -> Iterator[tuple[str, bytes]]:
+def _lines(file: io.BufferedReader, part: Part) -> Iterator[tuple[str, bytes]]:
     """Lines that begin within the part, and their places; the first part counts line numbers."""
     if part.start:
         file.seek(part.start - 1)
@@ -181,7 +181,7 @@ def _one_cell(piece: bytes) -> Row:
     return {"text": _decoded(piece)}
 
 
-def _pieces(file: BinaryIO, separator: str | None) -> Iterator[bytes]:
+def _pieces(file: io.BufferedReader, separator: str | None) -> Iterator[bytes]:
     if separator is None:
         yield file.read()
         return
