@@ -4,6 +4,7 @@ import re
 
 from pydantic import Field, field_validator, model_validator
 
+from bitray.data.overlap import OverlapSettings
 from bitray.data.sources import Source
 from bitray.settings import Settings
 
@@ -39,6 +40,7 @@ class DataSettings(Settings):
     """Share of a source's rows that may be unreadable (always at least one row)."""
     unit_bytes: int = Field(64 << 20, ge=1)
     """Input that one task prepares. Part of the result: units do not share rows."""
+    overlap: OverlapSettings = OverlapSettings()
     prepared_dir: str | None = None
     """Where prepared rows are kept; None: beside the run."""
 

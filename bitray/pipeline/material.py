@@ -7,6 +7,7 @@ from typing import NamedTuple
 from bitray import storage
 from bitray.data.job import inputs_of
 from bitray.data.manifest import Manifest, digest
+from bitray.data.overlap import overlap
 from bitray.data.prepare import prepare, prepared_identity
 from bitray.data.settings import DataSettings
 from bitray.data.sources import ASIDE
@@ -87,10 +88,15 @@ class Material:
 
     def prepare(self) -> dict[RowKind, Manifest]:
         """Prepare what is missing, as Ray Data jobs."""
-        return {
+        manifests = {
             kind: prepare(self._data(kind), self.tokenizer, kind.length, folder)
             for kind, folder in self.folders.items()
         }
+        if self.config.data.overlap.enabled:
+            longest = max(self.kinds)  # it cuts the fewest documents
+            report = overlap(self.folders[longest], manifests[longest], self.config.data.overlap)
+            print(report.text(), flush=True)
+        return manifests
 
     def _data(self, kind: RowKind) -> DataSettings:
         return self.config.data.model_copy(update={} if kind.packed else {"open_bins": 0})
