@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt32
-from pydantic import Field
 from tokenizers import Tokenizer
 
 from bitray import storage
 from bitray.data.manifest import SPLITS, Manifest, SplitName
+from bitray.data.settings import OverlapSettings
 from bitray.data.shards import Shards
 from bitray.settings import Settings
 
@@ -25,20 +25,6 @@ _PERMUTATIONS = 128
 _SHOWN = 120
 """Characters of an example."""
 _WORD = re.compile(r"\w+")
-
-
-class OverlapSettings(Settings):
-    """Whether and how to look for near-duplicates; no row changes by it."""
-
-    enabled: bool = False
-    threshold: float = Field(0.7, gt=0, lt=1)
-    """Share of n-grams in common, of all in either, that makes two documents near-duplicates."""
-    ngram: int = Field(5, ge=1)
-    """Words."""
-    max_documents: int = Field(20_000, ge=1)
-    """Of each source and split, about; where there are more, evenly spread rows are compared."""
-    examples: int = Field(5, ge=0)
-    """Pairs to show, of each kind."""
 
 
 class Compared(Settings):

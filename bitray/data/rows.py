@@ -93,9 +93,11 @@ class RowSettings(Settings):
     def _one_column(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
-    @field_validator("prompt", "completion")
+    @field_validator("prompt", "completion", mode="before")
     @classmethod
-    def _is_template(cls, value: str | None) -> str | None:
+    def _is_template(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            raise ValueError("YAML reads this as a mapping, not as text; put it into quotes")
         _places(value or "")
         return value
 

@@ -4,7 +4,6 @@ import re
 
 from pydantic import Field, field_validator, model_validator
 
-from bitray.data.overlap import OverlapSettings
 from bitray.data.sources import Source
 from bitray.settings import Settings
 
@@ -24,6 +23,20 @@ class HeldOut(Settings):
                 f"probe and validation ({self.probe} + {self.validation}) leave no training data"
             )
         return self
+
+
+class OverlapSettings(Settings):
+    """Whether and how to look for near-duplicates; no row changes by it."""
+
+    enabled: bool = False
+    threshold: float = Field(0.7, gt=0, lt=1)
+    """Share of n-grams in common, of all in either, that makes two documents near-duplicates."""
+    ngram: int = Field(5, ge=1)
+    """Words."""
+    max_documents: int = Field(20_000, ge=1)
+    """Of each source and split, about; where there are more, evenly spread rows are compared."""
+    examples: int = Field(5, ge=0)
+    """Pairs to show, of each kind."""
 
 
 class DataSettings(Settings):

@@ -9,8 +9,8 @@ import pytest
 
 from bitray.data import DataSettings, Manifest, train_tokenizer
 from bitray.data.job import plan_job, run_job
-from bitray.data.overlap import NAME, Overlap, OverlapSettings, overlap
-from bitray.data.settings import HeldOut
+from bitray.data.overlap import NAME, Overlap, overlap
+from bitray.data.settings import HeldOut, OverlapSettings
 from bitray.data.units import in_process, split_of
 
 WORDS = [f"{a}{b}" for a in "bdfgklmnprst" for b in ("a", "en", "ist", "or")]

@@ -4,6 +4,8 @@ import itertools
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from bitray.data import DataSettings, Manifest, Shards, documents, train_tokenizer
@@ -245,6 +247,33 @@ def test_filters_that_leave_nothing_are_named(corpus, tmp_path):
     sources = source_of(corpus, filters={"text": {"equals": "no such text"}})
     with pytest.raises(UserError, match=r"'docs' holds no document .*300 left out by its filters"):
         prepared(corpus, tmp_path / "out", sources=sources)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"columns": ["body"]}, r"no column 'body'"),
+        ({"columns": ["label"]}, r"column 'label' holds int, not text"),
+        ({"columns": ["list"]}, r"column 'list' holds list, not text"),
+        ({"prompt": "{txt}", "completion": "label"}, r"no column 'txt' \(nearest: 'text'\)"),
+        ({"filters": {"lable": {"equals": 1}}}, r"no column 'lable' \(nearest: 'label'\)"),
+        ({"filters": {"text": {"at_least": 1}}}, r"column 'text' holds str, not a number"),
+        ({"filters": {"label": {"at_least": 2}}}, r"40 left out by its filters"),
+        ({"prompt": "{text}", "completion": "label", "labels": ["no"]}, r"'label' holds 1, but la"),
+    ],
+)
+def test_columns_that_do_not_fit_are_told(tmp_path, kind, settings, sentence):
+    path, root = tmp_path / f"a.{kind}", tmp_path / "out"
+    rows = [{"text": f"text {k}", "label": k % 2, "list": [k]} for k in range(40)]
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=sentence) as error:
+        prepared(path, root, sources=source_of(path, **settings))
+    assert str(path) in str(error.value) or "filters" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def reading_order(corpus: Path) -> list[int]:
