@@ -32,11 +32,10 @@ class Hub:
         self._server.server_close()
 
     def answer(self, path: str) -> Any:
-        """JSON, a file, or the code of an error."""
-        kind, *parts = unquote(path).strip("/").split("/")
-        if kind == "api":
-            kind, parts = parts[0], parts[1:]
-        assert kind == "datasets", path
+        """JSON, a file of a commit, or the code of an error."""
+        kind, *parts = unquote(path).removeprefix("/api").strip("/").split("/")
+        if kind != "datasets":
+            return "EntryNotFound"
         name, (action, revision) = "/".join(parts[:2]), (parts[2:] or ["revision", "main"])[:2]
         history = self.commits.get(name)
         if history is None:
@@ -44,15 +43,19 @@ class Hub:
         sha = list(history)[-1] if revision == "main" else revision
         if sha not in history:
             return "RevisionNotFound"
-        below = "/".join(parts[4:])
-        if action == "revision":
-            return {"id": name, "sha": sha}
-        target = history[sha] / below
-        if action == "resolve":
-            return target if target.is_file() else "EntryNotFound"
-        if not target.is_dir():
-            return "EntryNotFound"
-        return [_entry(history[sha], one) for one in sorted(target.rglob("*"))]
+        return (
+            {"id": name, "sha": sha}
+            if action == "revision"
+            else self._content(action, history[sha], "/".join(parts[4:]), sha)
+        )
+
+    def _content(self, action: str, root: Path, below: str, sha: str) -> Any:
+        target = root / below
+        if action == "resolve" and target.is_file():
+            return target, sha
+        if action == "tree" and target.is_dir():
+            return [_entry(root, one) for one in sorted(target.rglob("*"))]
+        return "EntryNotFound"
 
 
 def _entry(root: Path, path: Path) -> dict[str, Any]:
@@ -80,15 +83,18 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 found = [one for one in found if one["path"].count("/") == depth]
             if isinstance(found, str):
                 self.reply(404, b"{}", {"X-Error-Code": found})
-            elif isinstance(found, Path):
-                self.send_file(found.read_bytes())
+            elif isinstance(found, tuple):
+                self.send_file(found[0].read_bytes(), found[1])
             else:
                 self.reply(200, json.dumps(found).encode())
 
-        def send_file(self, data: bytes) -> None:
+        do_HEAD = do_GET
+
+        def send_file(self, data: bytes, commit: str) -> None:
             asked = self.headers.get("Range")
             if asked is None:
-                return self.reply(200, data)
+                etag = hashlib.sha1(data).hexdigest()
+                return self.reply(200, data, {"ETag": f'"{etag}"', "X-Repo-Commit": commit})
             first, last = asked.removeprefix("bytes=").split("-")
             part = data[int(first) : int(last) + 1]
             where = f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}"
@@ -99,7 +105,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(body)
+            if self.command == "GET":
+                self.wfile.write(body)
 
         def log_message(self, *_: Any) -> None:
             pass

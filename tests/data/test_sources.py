@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -238,6 +241,36 @@ def test_a_streamed_dataset_is_read_shard_by_shard(dataset):
     kept = [one.text for found in read_ for one in found if one.text is not None]
     assert sorted(kept) == sorted(f"title {k}: body {k}" for k in range(10, 60))
     assert read_[0] == [*source.read(Unit.load(units[0].dump()).parts[0])], "again the same"
+
+
+def test_a_dataset_is_streamed_from_the_hub_at_a_commit(tmp_path, hub):
+    """In a process of its own: the library reads the Hub's address when it is imported."""
+    commits = []
+    for version in ("old", "new"):
+        folder = tmp_path / version
+        folder.mkdir()
+        (folder / "train.csv").write_text(f"text\n{version} one\n{version} two\n")
+        commits.append(hub.push("org/csv", folder))
+    program = """
+import json, sys
+from bitray.data.sources import StreamingSource
+for revision in (sys.argv[1], None):
+    source = StreamingSource(path="org/csv", revision=revision)
+    (given,) = source.inputs()
+    (unit,) = source.units("s", [given], 1 << 20)
+    print(json.dumps([given.identity, *(one.text for one in source.read(unit.parts[0]))]))
+"""
+    told = subprocess.run(
+        [sys.executable, "-c", program, commits[0]],
+        env={**os.environ, "HF_HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [json.loads(line) for line in told.stdout.splitlines()] == [
+        [commits[0], "old one", "old two"],
+        [commits[1], "new one", "new two"],
+    ]
 
 
 def test_a_streamed_dataset_is_another_when_its_files_change(dataset):
