@@ -1,9 +1,9 @@
 """The one way to files, local or in object storage, over pyarrow.fs.
 
-A URI is a local path, `file://...`, `s3://bucket/key` or `gs://bucket/key`; `AWS_ENDPOINT_URL`
-points at S3-compatible servers. What appears under its final name is whole: a local write is a
-temporary file in the same folder, fsync, rename, fsync of the folder; a remote object shows when it
-is closed.
+A URI is a local path, `file://...`, `s3://bucket/key`, `gs://bucket/key`, or, to read only,
+`hf://datasets/OWNER/NAME[@REVISION]/path`; `AWS_ENDPOINT_URL` points at S3-compatible servers.
+What appears under its final name is whole: a local write is a temporary file in the same folder,
+fsync, rename, fsync of the folder; a remote object shows when it is closed.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from pyarrow import fs as pafs
 
 from bitray.settings import UserError, nearest
 
-SCHEMES = ("file", "s3", "gs")
+SCHEMES = ("file", "s3", "gs", "hf")
 _CHUNK = 8 << 20
 _CONNECTIONS = 8
 _WILD = re.compile(r"[*?\[]")
@@ -58,6 +58,11 @@ def local_path(uri: str) -> str:
     """The absolute path of a local URI."""
     assert not is_remote(uri), f"{uri} is not local"
     return absolute(uri)
+
+
+def is_local_folder(uri: str) -> bool:
+    """Whether `uri` is a folder of this machine."""
+    return not is_remote(uri) and os.path.isdir(local_path(uri))
 
 
 def join(uri: str, *parts: str) -> str:
@@ -195,7 +200,7 @@ def download_tree(uri: str, local: str) -> None:
 
 def remove(uri: str) -> None:
     """Remove a file or a whole folder; what is not there is no error."""
-    filesystem, path = _locate(uri)
+    filesystem, path = _locate(_writable(uri))
     if path.strip("/").count("/") < 1:
         raise UserError(f"{uri}: refusing to remove a whole bucket or a folder of the root")
     if isinstance(filesystem, pafs.LocalFileSystem):
@@ -238,9 +243,19 @@ def _split(uri: str) -> tuple[str, str]:
     return scheme, rest.strip("/")
 
 
+def _writable(uri: str) -> str:
+    if _split(uri)[0] == "hf":
+        raise UserError(f"{uri}: the Hub is only read from; give a local path, s3:// or gs://")
+    return uri
+
+
 def _locate(uri: str) -> tuple[pafs.FileSystem, str]:
     scheme, path = _split(uri)
     match scheme:
+        case "hf":
+            from bitray import hub
+
+            return hub.filesystem(), hub.pinned(path)
         case "s3":
             region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
             return _s3(path.split("/")[0], os.environ.get("AWS_ENDPOINT_URL"), region), path
@@ -273,6 +288,10 @@ def _gs() -> pafs.FileSystem:
 def _describe(uri: str, found: pafs.FileInfo) -> FileInfo:
     scheme = _split(uri)[0]
     name = found.path if scheme == "file" else f"{scheme}://{found.path}"
+    if scheme == "hf":
+        from bitray import hub
+
+        return FileInfo(name, found.size, hub.identity(found.path))
     return FileInfo(name, found.size, f"{found.mtime_ns}-{found.size}")
 
 
@@ -313,7 +332,7 @@ def _missing(uri: str) -> UserError:
 
 
 def _store(source: io.BufferedIOBase, uri: str) -> None:
-    filesystem, path = _locate(uri)
+    filesystem, path = _locate(_writable(uri))
     if isinstance(filesystem, pafs.LocalFileSystem):
         _replace(Path(path), source)
         return

@@ -29,7 +29,7 @@ from bitray.data.plan import SourceSize
 from bitray.data.reader import read_rows
 from bitray.data.tokenizer import train_tokenizer
 from bitray.inference import evaluate
-from bitray.models.batch import Batch
+from bitray.models.batch import Batch, PackedRows
 from bitray.models.convert import to_bitnet
 from bitray.models.loading import build_model
 from bitray.models.losses import LossModel
@@ -54,28 +54,27 @@ Documents = list[list[int]]
 class Rows:
     """Packed rows of every source, in memory."""
 
-    rows: dict[str, tuple[np.ndarray, list[list[int]]]] = field(default_factory=dict)
+    rows: dict[str, PackedRows] = field(default_factory=dict)
 
     def add(self, source: str, documents: Documents) -> None:
         packed = list(pack(documents, LENGTH))
         ids = np.stack([row.input_ids for row in packed])
-        self.rows[source] = ids, [row.lengths for row in packed]
+        lengths = [row.lengths for row in packed]
+        self.rows[source] = PackedRows(ids, lengths, [row.prompts for row in packed])
 
     def sizes(self, sources: Sequence[str]) -> dict[str, SourceSize]:
         """For the plan."""
-        held = {name: self.rows[name][1] for name in sources}
+        held = {name: self.rows[name].lengths for name in sources}
         return {name: SourceSize(len(n), sum(map(sum, n))) for name, n in held.items()}
 
-    def read(
-        self, source: str, split: str, rows: Sequence[int] | np.ndarray
-    ) -> tuple[np.ndarray, list[list[int]]]:
+    def read(self, source: str, split: str, rows: Sequence[int] | np.ndarray) -> PackedRows:
         """As `Shards.read`."""
-        ids, lengths = self.rows[source]
-        return ids[np.asarray(rows)], [lengths[row] for row in rows]
+        ids, lengths, prompts = self.rows[source]
+        at = np.asarray(rows)
+        return PackedRows(ids[at], [lengths[k] for k in at], [prompts[k] for k in at])
 
     def batch(self, source: str, rows: Sequence[int] | np.ndarray) -> Batch:
-        ids, lengths = self.read(source, "train", rows)
-        return Batch.from_rows(ids, lengths, [0] * len(ids))
+        return self.read(source, "train", rows).batch()
 
 
 class Corpus:
@@ -239,15 +238,15 @@ class Experiment:
         while True:
             rows = run.mixture.plan.rows(ticket * size, size)
             assert (ticket + 1) * size <= run.mixture.decided
-            ids, lengths = read_rows(self.corpus.shards, run.mixture.plan.sources, rows)
-            yield ticket, Batch.from_rows(ids, lengths, rows.source.tolist())
+            found = read_rows(self.corpus.shards, run.mixture.plan.sources, rows)
+            yield ticket, found.batch(rows.source.tolist())
             ticket += 1
 
     def influence(self, run: Trained, weights: dict[str, float], interval: int) -> Influence:
         given, shards = self.settings.influence, self.corpus.shards
 
         def groups(source: str, number: int) -> list[Batch]:
-            total = len(shards.rows[source][1])
+            total = len(shards.rows[source].lengths)
             first = number * given.groups * given.group_rows
             at = np.arange(first, first + given.groups * given.group_rows) * 7919 % total
             return [shards.batch(source, part) for part in np.split(at, given.groups)]
@@ -262,7 +261,7 @@ class Experiment:
         return Influence(given, interval, Material({PROBE: probe}, groups), weights, decided)
 
     def loss(self, model: LossModel) -> float:
-        rows = len(self.corpus.shards.rows["validation"][1])
+        rows = len(self.corpus.shards.rows["validation"].lengths)
         batches = [
             self.corpus.shards.batch("validation", np.arange(at, min(at + 64, rows)))
             for at in range(0, rows, 64)

@@ -67,8 +67,7 @@ class Corpus:
     def losses(self, model: PreTrainedModel) -> float:
         """Mean over domains of the held-out loss, at strength 1."""
         found = held_out(self.shards, "validation")
-        rows = {name: Batch.from_rows(*part, [0] * len(part[0])) for name, part in found.items()}
-        domains = {name: [batch] for name, batch in rows.items()}
+        domains = {name: [rows.batch()] for name, rows in found.items()}
         return mean_loss(evaluate(LossModel(model), domains, CPU, EXACT))
 
 

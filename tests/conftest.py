@@ -11,6 +11,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+from hub_server import Hub
 
 # Shared machines stall for seconds; how long an example takes says nothing here.
 hypothesis.settings.register_profile("bitray", deadline=None)
@@ -60,6 +61,15 @@ def _client(server: str) -> Any:
         aws_access_key_id="testing",
         aws_secret_access_key="testing",
     )
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hugging Face Hub of our own on loopback, for this process; it holds nothing yet."""
+    server = Hub()
+    monkeypatch.setenv("HF_ENDPOINT", server.address)
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

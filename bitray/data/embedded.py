@@ -33,10 +33,8 @@ _NOT_READING = {
 """Folders of the standard library that are tables, tests or other people's."""
 
 
-def documents(
-    domain: Domain, max_documents: int | None = None, max_bytes: int | None = None
-) -> Iterator[str]:
-    """Different documents of a domain, up to a number of them or (by default) of bytes."""
+def documents(domain: Domain, max_bytes: int | None = None) -> Iterator[str]:
+    """Different documents of a domain, up to a number of bytes."""
     make = {"code": _code, "prose": _prose, "arithmetic": word_problems}[domain]
     left = DEFAULT_BYTES[domain] if max_bytes is None else max_bytes
     seen: set[str] = set()
@@ -44,7 +42,7 @@ def documents(
         if text in seen:
             continue
         left -= len(text.encode())
-        if left < 0 or len(seen) == max_documents:
+        if left < 0:
             return
         seen.add(text)
         yield text

@@ -1,62 +1,52 @@
-"""Reading documents out of files: parquet, jsonl (plain, gzip, zstd) and text, always streaming.
+"""Reading rows out of files: parquet, jsonl (plain, gzip, zstd) and text, always streaming.
 
-A reader yields `Found`: a text with its place, or the reason why there is none. How many bad rows
-are too many is decided elsewhere. A file that cannot be read at all is a `UserError` naming it.
+A reader yields `Found`: a document with its place, or the reason why there is none. How many bad
+rows are too many is decided elsewhere. A file that cannot be read is a `UserError` naming it.
 """
 
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bitray import storage
+from bitray.data.rows import BadRow, Found, Row, RowSettings
 from bitray.settings import UserError, nearest
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
+SUFFIXES = (
+    ".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".txt"
+)  # fmt: skip
+"""What the files of a source end in; `.json` is taken to be lines, as `.jsonl` is."""
+UNPACKING = 4
+"""Bytes of text in a byte of parquet, roughly: units are to be of similar work."""
 _CHUNK = 1 << 20
 
 
-class Found(NamedTuple):
-    """A document's text, or None and the problem with it."""
-
-    place: str
-    text: str | None
-    problem: str = ""
-
-
 class Part(NamedTuple):
-    """A fixed range of one input: bytes of a jsonl file, row groups of a parquet file, or all."""
+    """A fixed range of one input: bytes of a file (to None, its end), or shards of a stream."""
 
     uri: str
     start: int
     stop: int | None
     size: int
-    """Bytes, for balance only."""
+    """Bytes of text, for balance only."""
 
 
-class How(NamedTuple):
-    """What of a file makes a document."""
-
-    columns: tuple[str, ...]
-    separator: str
-    """Between the columns of one document."""
-    document_separator: str | None
-    """Between the documents of a text file; None: the file is one."""
-
-
-class _Bad(Exception):
-    """One row that is no document."""
-
-
-def read_part(part: Part, how: How) -> Iterator[Found]:
+def read_part(part: Part, rows: RowSettings, document_separator: str | None) -> Iterator[Found]:
     """The documents of a part. `UserError` naming the file if it is unreadable."""
-    read = {".parquet": _read_parquet, ".txt": _read_text}.get(suffix(part.uri), _read_jsonl)
     try:
-        yield from read(part, how)
+        match suffix(part.uri):
+            case ".parquet":
+                yield from _read_parquet(part, rows)
+            case ".txt":
+                yield from _read_text(part, rows, document_separator)
+            case _:
+                yield from _read_jsonl(part, rows)
     except (OSError, EOFError, pa.ArrowException) as error:
         reason = str(error).split("\n", 1)[0].strip() or type(error).__name__
         raise UserError(f"{part.uri}: cannot be read, it may be damaged ({reason})") from None
@@ -68,55 +58,24 @@ def suffix(uri: str) -> str:
 
 
 def split_file(file: storage.FileInfo, size: int) -> list[Part]:
-    """Cut a file into parts of about `size` bytes where its format allows it."""
-    kind = suffix(file.uri)
-    if kind == ".parquet" and file.size > size // 8:  # it may be many times that once unpacked
-        return _row_groups(file, size)
-    if kind == ".jsonl" and file.size > size:
-        starts = range(0, file.size, size)
-        return [
-            Part(file.uri, at, min(at + size, file.size), min(size, file.size - at))
-            for at in starts
-        ]
-    return [Part(file.uri, 0, None, file.size)]
+    """Cut a file into parts of about `size` bytes of text, where its format allows it.
 
-
-def _joined(row: Mapping[str, Any], how: How) -> str:
-    texts = []
-    for column in how.columns:
-        if column not in row:
-            raise _Bad(f"no column '{column}'{nearest(column, row)}, it has: {', '.join(row)[:80]}")
-        value = row[column]
-        if not isinstance(value, str | None):
-            raise _Bad(f"column '{column}' holds {type(value).__name__}, not text")
-        texts.append(value or "")
-    return how.separator.join(text for text in texts if text)
-
-
-def _found(place: str, text: Callable[[Any], str], raw: Any) -> Found:
-    """The document that `text(raw)` is; a lone surrogate is no text that could be encoded."""
-    try:
-        value = text(raw)
-        value.encode()
-    except json.JSONDecodeError as error:
-        return Found(place, None, f"not JSON: {error.msg}")
-    except UnicodeError:
-        return Found(place, None, "not valid UTF-8")
-    except RecursionError:
-        return Found(place, None, "not JSON: nested too deeply")
-    except _Bad as error:
-        return Found(place, None, str(error))
-    return Found(place, value)
-
-
-def _decoded(data: bytes) -> str:
-    return data.decode().removeprefix("\ufeff")
+    By its size alone: the files of a big corpus are not opened to plan the work on them.
+    """
+    weight = UNPACKING if suffix(file.uri) == ".parquet" else 1
+    step = max(1, size // weight)
+    if suffix(file.uri) not in (".parquet", ".jsonl", ".json") or file.size <= step:
+        return [Part(file.uri, 0, None, weight * file.size)]
+    return [
+        Part(file.uri, at, min(at + step, file.size), weight * min(step, file.size - at))
+        for at in range(0, file.size, step)
+    ]
 
 
 # ------------------------------------------------------------------------------------------ jsonl
 
 
-def _opened(uri: str) -> BinaryIO:
+def _opened(uri: str) -> io.BufferedReader:
     """A file as buffered bytes, unpacked."""
     raw = storage.open_input(uri)
     for ending, codec in COMPRESSED.items():
@@ -125,7 +84,7 @@ def _opened(uri: str) -> BinaryIO:
     return raw
 
 
-def _lines(file: BinaryIO, part: Part) -> Iterator[tuple[str, bytes]]:
+def _lines(file: io.BufferedReader, part: Part) -> Iterator[tuple[str, bytes]]:
     """Lines that begin within the part, and their places; the first part counts line numbers."""
     if part.start:
         file.seek(part.start - 1)
@@ -143,60 +102,55 @@ def _lines(file: BinaryIO, part: Part) -> Iterator[tuple[str, bytes]]:
         position += len(line)
 
 
-def _read_jsonl(part: Part, how: How) -> Iterator[Found]:
+def _read_jsonl(part: Part, rows: RowSettings) -> Iterator[Found]:
     with _opened(part.uri) as file:
         for place, line in _lines(file, part):
             if line.strip():
-                yield _found(place, lambda line: _joined(_object(line), how), line)
+                yield rows.found(place, partial(_object, line))
 
 
-def _object(line: bytes) -> Mapping[str, Any]:
+def _object(line: bytes) -> Row:
     row = json.loads(_decoded(line))
     if not isinstance(row, dict):
-        raise _Bad(f"not an object but {type(row).__name__}")
+        raise BadRow(f"not an object but {type(row).__name__}")
     return row
+
+
+def _decoded(data: bytes) -> str:
+    return data.decode().removeprefix("\ufeff")
 
 
 # ---------------------------------------------------------------------------------------- parquet
 
 
-def _parquet(uri: str) -> pq.ParquetFile:
-    return pq.ParquetFile(storage.open_input(uri))
+def _read_parquet(part: Part, rows: RowSettings) -> Iterator[Found]:
+    with pq.ParquetFile(storage.open_input(part.uri)) as parquet:
+        _check_columns(part.uri, parquet.schema_arrow, rows.needed)
+        first = 0
+        for group in range(parquet.metadata.num_row_groups):
+            if _begins_in(part, parquet.metadata.row_group(group)):
+                for k, row in enumerate(_group_rows(parquet, group, rows.needed), start=first):
+                    yield rows.found(f"{part.uri} row {k}", partial(_cells, row))
+            first += parquet.metadata.row_group(group).num_rows
 
 
-def _row_groups(file: storage.FileInfo, size: int) -> list[Part]:
-    try:
-        with _parquet(file.uri) as parquet:
-            groups = parquet.metadata.num_row_groups
-            sizes = [parquet.metadata.row_group(k).total_byte_size for k in range(groups)]
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{file.uri}: not a readable parquet file ({error})") from None
-    parts: list[Part] = []
-    start = 0
-    for k in range(groups):
-        if k + 1 == groups or sum(sizes[start : k + 2]) > size:
-            parts.append(Part(file.uri, start, k + 1, sum(sizes[start : k + 1])))
-            start = k + 1
-    return parts
+def _begins_in(part: Part, group: pq.RowGroupMetaData) -> bool:
+    """Whether a row group belongs to the part: to the one in which its first byte lies."""
+    column = group.column(0)
+    begin = column.dictionary_page_offset or column.data_page_offset
+    return part.start <= begin and (part.stop is None or begin < part.stop)
 
 
-def _read_parquet(part: Part, how: How) -> Iterator[Found]:
-    with _parquet(part.uri) as parquet:
-        _check_columns(part.uri, parquet.schema_arrow, how.columns)
-        groups = range(part.start, parquet.metadata.num_row_groups)[
-            : None if part.stop is None else part.stop - part.start
-        ]
-        first = sum(parquet.metadata.row_group(k).num_rows for k in range(part.start))
-        for batch in parquet.iter_batches(256, row_groups=list(groups), columns=list(how.columns)):
-            for k in range(batch.num_rows):
-                row = batch.slice(k, 1)
-                yield _found(
-                    f"{part.uri} row {first + k}", lambda row: _joined(_cells(row), how), row
-                )
-            first += batch.num_rows
+def _group_rows(
+    parquet: pq.ParquetFile, group: int, columns: list[str]
+) -> Iterator[pa.RecordBatch]:
+    """Batches of one row each."""
+    for batch in parquet.iter_batches(256, row_groups=[group], columns=columns):
+        for k in range(batch.num_rows):
+            yield batch.slice(k, 1)
 
 
-def _cells(row: pa.RecordBatch) -> Mapping[str, Any]:
+def _cells(row: pa.RecordBatch) -> Row:
     """A batch of one row; text that is not UTF-8 raises here, for this row alone."""
     return {name: row.column(name)[0].as_py() for name in row.schema.names}
 
@@ -214,15 +168,20 @@ def _check_columns(uri: str, schema: pa.Schema, columns: Sequence[str]) -> None:
 # ------------------------------------------------------------------------------------------- text
 
 
-def _read_text(part: Part, how: How) -> Iterator[Found]:
+def _read_text(part: Part, rows: RowSettings, separator: str | None) -> Iterator[Found]:
+    """A text file has one column, `text`, whatever columns the other files have."""
+    rows = rows.model_copy(update={"columns": ("text",)})
     with _opened(part.uri) as file:
-        pieces = _pieces(file, how.document_separator)
-        for number, piece in enumerate(pieces, start=1):
-            place = part.uri if how.document_separator is None else f"{part.uri} document {number}"
-            yield _found(place, _decoded, piece)
+        for number, piece in enumerate(_pieces(file, separator), start=1):
+            place = part.uri if separator is None else f"{part.uri} document {number}"
+            yield rows.found(place, partial(_one_cell, piece))
 
 
-def _pieces(file: BinaryIO, separator: str | None) -> Iterator[bytes]:
+def _one_cell(piece: bytes) -> Row:
+    return {"text": _decoded(piece)}
+
+
+def _pieces(file: io.BufferedReader, separator: str | None) -> Iterator[bytes]:
     if separator is None:
         yield file.read()
         return

@@ -3,14 +3,14 @@
 No Ray and no tokenising in here; `units` does the work on one unit, `prepare` spreads it.
 """
 
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from bitray import storage
+from bitray.data import limits
 from bitray.data.manifest import (
     SPLITS,
     Counts,
@@ -21,9 +21,10 @@ from bitray.data.manifest import (
     digest,
     write_manifest,
 )
+from bitray.data.progress import reported
 from bitray.data.settings import DataSettings
 from bitray.data.shards import group_rows
-from bitray.data.sources import Unit
+from bitray.data.sources import ASIDE, Unit
 from bitray.data.tokenizer import backend_json, end_token_id, tokenizer_identity, vocabulary
 from bitray.settings import Settings, UserError, listed
 from bitray.storage import FileInfo
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 SHOWN = 3
 """Places of bad rows in a message."""
-REPORT_SECONDS = 2.0
 
 
 TOKENIZER = "tokenizer.json"
@@ -78,9 +78,7 @@ class Job:
             "unit_bytes": settings.unit_bytes,
             "sources": {
                 name: {
-                    "settings": source.model_dump(
-                        mode="json", exclude={"weight", "licence", "probe"}
-                    ),
+                    "settings": source.model_dump(mode="json", exclude=ASIDE),
                     "inputs": [list(one) for one in self.inputs[name]],
                 }
                 for name, source in settings.sources.items()
@@ -93,13 +91,21 @@ class Job:
         return digest([self.made_from, list(self.settings.sources)])
 
     @cached_property
+    def units_of(self) -> dict[str, list[Unit]]:
+        """All units of every source, in order; those beyond its limits too."""
+        return {
+            name: source.units(name, self.inputs[name], self.settings.unit_bytes)
+            for name, source in self.settings.sources.items()
+        }
+
+    @property
     def units(self) -> list[Unit]:
         """All units, source by source."""
-        return [
-            unit
-            for name, source in self.settings.sources.items()
-            for unit in source.units(name, self.inputs[name], self.settings.unit_bytes)
-        ]
+        return [unit for units in self.units_of.values() for unit in units]
+
+    def wanted(self, source: str, done: Mapping[int, "UnitResult"]) -> list[Unit]:
+        """The units of a source that are to be done next; see `limits`."""
+        return limits.wanted(self.settings.sources[source], self.units_of[source], done)
 
     @property
     def task(self) -> Task:
@@ -115,8 +121,21 @@ class UnitResult(Settings):
     number: int
     input_rows: int
     empty: int
+    filtered: int
+    cut: bool
+    """Whether a limit ended it before its own end."""
     skipped: Skipped
     splits: dict[SplitName, Counts]
+
+    @property
+    def documents(self) -> int:
+        """Of all splits."""
+        return sum(counts.documents for counts in self.splits.values())
+
+    @property
+    def tokens(self) -> int:
+        """Of all splits."""
+        return sum(counts.tokens for counts in self.splits.values())
 
 
 def inputs_of(settings: DataSettings) -> dict[str, list[FileInfo]]:
@@ -180,40 +199,22 @@ def finished(job: Job) -> Iterator[UnitResult]:
 def run_job(job: Job, work: Callable[[Job, Sequence[Unit]], Iterator[UnitResult]]) -> Manifest:
     """Have `work` do the units that are missing, in any order, and write the manifest."""
     storage.write_text(storage.join(job.root_uri, TOKENIZER), job.backend)
-    results: dict[str, list[UnitResult]] = {name: [] for name in job.settings.sources}
+    results: dict[str, dict[int, UnitResult]] = {name: {} for name in job.settings.sources}
     for kept in finished(job):
-        results[kept.source].append(kept)
-    have = {(result.source, result.number) for some in results.values() for result in some}
-    missing = [unit for unit in job.units if (unit.source, unit.number) not in have]
-    left = Counter(unit.source for unit in missing)
-    for result in _reported(work(job, missing), len(missing)):
-        results[result.source].append(result)
-        left[result.source] -= 1
-        if not left[result.source]:
-            summed(job, result.source, results[result.source])  # a hopeless one ends the job early
+        results[kept.source][kept.number] = kept
+    while units := [unit for name in results for unit in job.wanted(name, results[name])]:
+        left = Counter(unit.source for unit in units)
+        for result in reported(work(job, units), len(units)):
+            results[result.source][result.number] = result
+            left[result.source] -= 1
+            if not left[result.source] and not job.wanted(result.source, results[result.source]):
+                # a hopeless one ends the job early
+                summed(job, result.source, results[result.source])
     manifest = manifest_of(job, {name: summed(job, name, results[name]) for name in results})
     write_manifest(job.root_uri, manifest)
     for name, source in manifest.sources.items():
         print(f"prepare: {source.sentence(name)}")
     return manifest
-
-
-def _reported(results: Iterable[UnitResult], total: int) -> Iterator[UnitResult]:
-    """A line about the progress now and then."""
-    start = said = time.monotonic()
-    tokens = 0
-    for number, result in enumerate(results, start=1):
-        tokens += sum(counts.tokens for counts in result.splits.values())
-        now = time.monotonic()
-        if now - said > REPORT_SECONDS or number == total:
-            said, rate = now, tokens / (now - start)
-            left = (now - start) / number * (total - number)
-            print(
-                f"prepare: {number}/{total} units, {tokens:,} tokens, {rate:,.0f} tokens/s, "
-                f"{left:.0f} s left",
-                flush=True,
-            )
-        yield result
 
 
 def manifest_of(job: Job, sources: Mapping[str, SourceManifest]) -> Manifest:
@@ -230,22 +231,30 @@ def manifest_of(job: Job, sources: Mapping[str, SourceManifest]) -> Manifest:
     )
 
 
-def summed(job: Job, name: str, results: Iterable[UnitResult]) -> SourceManifest:
-    """A source from the results of all its units.
+def summed(job: Job, name: str, results: Mapping[int, UnitResult]) -> SourceManifest:
+    """A source from the results of all its units, by number.
 
     `UserError` if too many of its rows were bad, or nothing is left to train on.
     """
-    splits = dict.fromkeys(SPLITS, Counts())
-    rows, empty, skipped = 0, 0, Skipped()
-    for result in sorted(results, key=lambda r: r.number):
-        rows, empty = rows + result.input_rows, empty + result.empty
-        skipped = skipped.plus(result.skipped)
-        splits = {split: splits[split].plus(result.splits[split]) for split in SPLITS}
     source = job.settings.sources[name]
+    splits = dict.fromkeys(SPLITS, Counts())
+    counted, skipped, limited = Counter[str](), Skipped(), False
+    for number in limits.listed(source, job.units_of[name], results):
+        result = results[number]
+        counted.update(rows=result.input_rows, empty=result.empty, filtered=result.filtered)
+        skipped = skipped.plus(result.skipped)
+        limited = result.cut or number + 1 < len(job.units_of[name])
+        splits = {split: splits[split].plus(result.splits[split]) for split in SPLITS}
     found = SourceManifest(
-        licence=source.licence, input_rows=rows, empty=empty, skipped=skipped, splits=splits
+        licence=source.licence,
+        input_rows=counted["rows"],
+        empty=counted["empty"],
+        filtered=counted["filtered"],
+        limited=limited,
+        skipped=skipped,
+        splits=splits,
     )
-    check_skipped(name, rows, skipped, job.settings.max_bad_rows)
+    check_skipped(name, found.input_rows, skipped, job.settings.max_bad_rows)
     _check_trainable(name, found)
     return found
 
@@ -265,7 +274,7 @@ def _check_trainable(name: str, source: SourceManifest) -> None:
     if not sum(documents.values()):
         raise UserError(
             f"source '{name}' holds no document ({source.input_rows} rows, {source.empty} empty, "
-            f"{source.skipped.count} unusable)"
+            f"{source.filtered} left out by its filters, {source.skipped.count} unusable)"
         )
     if not documents["train"]:
         raise UserError(

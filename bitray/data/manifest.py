@@ -12,7 +12,7 @@ from typing import Any, Literal
 from bitray import storage
 from bitray.settings import Settings, UserError, nearest
 
-FORMAT = 1
+FORMAT = 2
 NAME = "manifest.json"
 KEPT_PLACES = 20
 SplitName = Literal["train", "probe", "validation"]
@@ -42,7 +42,7 @@ class Counts(Settings):
     """Real ones, each document's end token included, padding not."""
     rows: int = 0
     truncated: int = 0
-    """Documents longer than a row, cut into several."""
+    """Documents longer than a row: their prompt cut, or what is learnt of them in several."""
     shards: tuple[Shard, ...] = ()
 
     def plus(self, other: "Counts") -> "Counts":
@@ -68,8 +68,12 @@ class SourceManifest(Settings):
 
     licence: str = "unknown"
     input_rows: int = 0
-    """Documents, empty ones and skipped ones."""
+    """Documents, empty ones, filtered ones and skipped ones."""
     empty: int = 0
+    filtered: int = 0
+    """Left out by the source's filters."""
+    limited: bool = False
+    """Whether the source goes on after its `max_documents` or `max_tokens`."""
     skipped: Skipped = Skipped()
     splits: dict[SplitName, Counts]
 
@@ -81,6 +85,10 @@ class SourceManifest(Settings):
             f"rows to train on, {train.truncated:,} of them cut; held out {probe.documents:,} "
             f"to probe and {validation.documents:,} to validate; {self.empty:,} empty"
         )
+        if self.filtered:
+            text += f", {self.filtered:,} filtered out"
+        if self.limited:
+            text += "; its limit is reached"
         if not self.skipped.count:
             return text
         return f"{text}; {self.skipped.count:,} unusable, the first: {self.skipped.places[0]}"

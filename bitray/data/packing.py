@@ -9,6 +9,7 @@ worst of them) and 0.7 % when all of a source is sorted at once.
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
@@ -26,10 +27,16 @@ class Row:
     input_ids: Int32[np.ndarray, " length"]
     lengths: list[int]
     """Tokens of each document, in order; what is left of the row is padding (id 0)."""
+    prompts: list[int]
+    """Of each document, the tokens at its beginning that are read but not learnt."""
 
 
-Piece = tuple[int, np.ndarray]
-"""Arrival number and token ids: no longer than a row."""
+class Piece(NamedTuple):
+    """A document, or a part of one that was too long: never longer than a row."""
+
+    arrival: int
+    ids: np.ndarray
+    prompt: int
 
 
 class Packer:
@@ -50,14 +57,22 @@ class Packer:
         self._room: list[int] = []  # room left in each open bin, ascending; parallel to `_bins`
         self._bins: list[list[Piece]] = []
 
-    def add(self, document: Sequence[int] | np.ndarray) -> list[Row]:
-        """Take one document; the rows that are thereby ready. An empty document vanishes."""
+    def add(self, document: Sequence[int] | np.ndarray, prompt: int = 0) -> list[Row]:
+        """Take one document; the rows that are thereby ready. An empty document vanishes.
+
+        Of a document that is longer than a row, first the beginning of its `prompt` tokens goes, so
+        that what is to be learnt stays whole where it fits; only that is cut into pieces.
+        """
         ids = np.asarray(document, dtype=np.int32)
+        assert prompt == 0 or prompt < len(ids), "something has to be learnt after a prompt"
+        excess = max(len(ids) - self.length, 0)
+        self.truncated += excess > 0
+        dropped = min(excess, prompt)
+        ids, prompt = ids[dropped:], prompt - dropped
         whole = max(len(ids) - 1, 0) // self.length  # full pieces; the remainder is 1..length ids
-        self.truncated += whole > 0
-        rows = [self._row([self._piece(ids, at)]) for at in range(whole)]
+        rows = [self._row([self._piece(ids, at, prompt)]) for at in range(whole)]
         if len(ids):
-            self._waiting.append(self._piece(ids, whole))
+            self._waiting.append(self._piece(ids, whole, prompt))
             self._waiting_tokens += len(ids) - whole * self.length
         if self.open_bins == 0 and self._waiting:
             rows.append(self._row([self._waiting.pop()]))
@@ -69,15 +84,16 @@ class Packer:
         """All that is left, bins closed."""
         return self._place(keep=0)
 
-    def _piece(self, ids: np.ndarray, at: int) -> Piece:
+    def _piece(self, ids: np.ndarray, at: int, prompt: int) -> Piece:
+        assert prompt == 0 or len(ids) <= self.length, "a prompt gives way to what is learnt"
         self._arrivals += 1
-        return self._arrivals, ids[at * self.length : (at + 1) * self.length]
+        return Piece(self._arrivals, ids[at * self.length : (at + 1) * self.length], prompt)
 
     def _place(self, keep: int) -> list[Row]:
         """Best fit decreasing of what waits, on top of the open bins; `keep` of them stay open."""
         done = []
-        for piece in sorted(self._waiting, key=lambda p: (-len(p[1]), p[0])):
-            size = len(piece[1])
+        for piece in sorted(self._waiting, key=lambda p: (-len(p.ids), p.arrival)):
+            size = len(piece.ids)
             best = bisect_left(self._room, size)
             if best < len(self._room):
                 room, content = self._room.pop(best) - size, self._bins.pop(best)
@@ -95,15 +111,17 @@ class Packer:
         done += self._bins[:fullest]
         del self._bins[:fullest], self._room[:fullest]
         for content in done:
-            content.sort(key=lambda p: p[0])
+            content.sort(key=lambda p: p.arrival)
         # In order of arrival again, so that the first rows are no sample of the longest documents.
-        return [self._row(content) for content in sorted(done, key=lambda content: content[0][0])]
+        return [
+            self._row(content) for content in sorted(done, key=lambda content: content[0].arrival)
+        ]
 
     def _row(self, content: list[Piece]) -> Row:
-        lengths = [len(ids) for _, ids in content]
+        lengths = [len(piece.ids) for piece in content]
         row = np.zeros(self.length, np.int32)
-        np.concatenate([ids for _, ids in content], out=row[: sum(lengths)])
-        return Row(row, lengths)
+        np.concatenate([piece.ids for piece in content], out=row[: sum(lengths)])
+        return Row(row, lengths, [piece.prompt for piece in content])
 
 
 def pack(

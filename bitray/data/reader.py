@@ -1,46 +1,40 @@
 """Reading rows by the plan in this process: tests, evaluation, torchrun, machines without Ray."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int, Int32
+from jaxtyping import Int
 
 from bitray.data.manifest import SplitName
 from bitray.data.permutation import mix
 from bitray.data.plan import MixturePlan, Rows, SourceSize
 from bitray.data.tickets import EMPTY, Deal
-from bitray.models.batch import Batch
+from bitray.models.batch import Batch, PackedRows
 
 
 @runtime_checkable
 class RowReader(Protocol):
     """What rows are read from: `Shards`, or `SyntheticShards`."""
 
-    def read(
-        self, source: str, split: SplitName, rows: Int[np.ndarray, " n"]
-    ) -> tuple[Int32[np.ndarray, "n length"], list[list[int]]]:
-        """Token ids of these rows, and the lengths of the documents in each."""
+    def read(self, source: str, split: SplitName, rows: Int[np.ndarray, " n"]) -> PackedRows:
+        """These rows, in this order."""
         ...
 
 
-def read_rows(
-    shards: RowReader, sources: Sequence[str], rows: Rows
-) -> tuple[Int32[np.ndarray, "n length"], list[list[int]]]:
+def read_rows(shards: RowReader, sources: Sequence[str], rows: Rows) -> PackedRows:
     """The training rows of a plan, in its order, read source by source."""
-    parts, lengths = [], [[0]] * len(rows.source)
-    order = []
+    parts, order = [], []
     for number in np.unique(rows.source):
         places = np.flatnonzero(rows.source == number)
-        ids, documents = shards.read(sources[number], "train", rows.row[places])
-        parts.append(ids)
+        parts.append(shards.read(sources[number], "train", rows.row[places]))
         order.append(places)
-        for at, found in zip(places, documents, strict=True):
-            lengths[at] = found
-    input_ids = np.empty((len(lengths), parts[0].shape[1]), np.int32)
-    input_ids[np.concatenate(order)] = np.concatenate(parts)
-    return input_ids, lengths
+    ids, lengths, prompts = zip(*parts, strict=True)
+    back = np.argsort(np.concatenate(order))
+    documents = [*itertools.chain(*lengths)], [*itertools.chain(*prompts)]
+    return PackedRows(np.concatenate(ids)[back], *([found[k] for k in back] for found in documents))
 
 
 def empty_batch(rows: int, length: int) -> Batch:
@@ -83,13 +77,12 @@ class PlanReader:
         if ticket == EMPTY:
             return empty_batch(self.rows_per_ticket, self._length)
         rows = self.plan.rows(ticket * self.rows_per_ticket, self.rows_per_ticket)
-        ids, lengths = read_rows(self.shards, self.plan.sources, rows)
-        return Batch.from_rows(ids, lengths, rows.source.tolist())
+        return read_rows(self.shards, self.plan.sources, rows).batch(rows.source.tolist())
 
     @cached_property
     def _length(self) -> int:
-        ids, _ = read_rows(self.shards, self.plan.sources, self.plan.rows(0, 1))
-        return ids.shape[1]
+        first = read_rows(self.shards, self.plan.sources, self.plan.rows(0, 1))
+        return first.input_ids.shape[1]
 
 
 class SyntheticShards:
@@ -110,20 +103,21 @@ class SyntheticShards:
         """Rows and real tokens of every source, as the plan wants them."""
         found = {}
         for source, count in self.rows.items():
-            documents = self.read(source, "train", np.arange(count))[1]
-            found[source] = SourceSize(count, sum(map(sum, documents)))
+            lengths = self.read(source, "train", np.arange(count)).lengths
+            found[source] = SourceSize(count, sum(map(sum, lengths)))
         return found
 
     def read(
         self, source: str, split: SplitName, rows: Int[np.ndarray, " n"] | Sequence[int]
-    ) -> tuple[Int32[np.ndarray, "n length"], list[list[int]]]:
-        """The rows with these numbers, padded with 0, and their documents' lengths."""
+    ) -> PackedRows:
+        """The rows with these numbers, padded with 0; every second source has prompts."""
         ids = np.zeros((len(rows), self.length), np.int32)
         lengths = []
         for k, row in enumerate(rows):
             assert 0 <= row < self.rows[source], (source, row)
             lengths.append(self._fill(ids[k], list(self.rows).index(source), split, int(row)))
-        return ids, lengths
+        share = list(self.rows).index(source) % 2
+        return PackedRows(ids, lengths, [[share * n // 4 for n in found] for found in lengths])
 
     def _fill(self, ids: np.ndarray, number: int, split: str, row: int) -> list[int]:
         """Write documents into a row; returns their lengths, which may leave padding."""

@@ -25,6 +25,20 @@ class HeldOut(Settings):
         return self
 
 
+class OverlapSettings(Settings):
+    """Whether and how to look for near-duplicates; no row changes by it."""
+
+    enabled: bool = False
+    threshold: float = Field(0.7, gt=0, lt=1)
+    """Share of n-grams in common, of all in either, that makes two documents near-duplicates."""
+    ngram: int = Field(5, ge=1)
+    """Words."""
+    max_documents: int = Field(20_000, ge=1)
+    """Of each source and split, about; where there are more, evenly spread rows are compared."""
+    examples: int = Field(5, ge=0)
+    """Pairs to show, of each kind."""
+
+
 class DataSettings(Settings):
     """What to train on."""
 
@@ -39,6 +53,7 @@ class DataSettings(Settings):
     """Share of a source's rows that may be unreadable (always at least one row)."""
     unit_bytes: int = Field(64 << 20, ge=1)
     """Input that one task prepares. Part of the result: units do not share rows."""
+    overlap: OverlapSettings = OverlapSettings()
     prepared_dir: str | None = None
     """Where prepared rows are kept; None: beside the run."""
 

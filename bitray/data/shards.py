@@ -5,6 +5,7 @@ are fetched into a folder of this machine, which all its processes share, and ma
 """
 
 import hashlib
+import itertools
 import os
 import tempfile
 from collections import OrderedDict
@@ -14,11 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int, Int32
+from jaxtyping import Int
 
 from bitray import storage
 from bitray.data.manifest import Manifest, Shard, SplitName, digest
 from bitray.data.packing import Row
+from bitray.models.batch import PackedRows
 from bitray.settings import UserError
 
 GROUP_TOKENS = 1 << 20
@@ -32,10 +34,9 @@ def group_rows(length: int) -> int:
 
 def _schema(length: int) -> pa.Schema:
     ids = pa.list_(pa.field("item", pa.int32(), nullable=False), length)
-    lengths = pa.list_(pa.field("item", pa.int32(), nullable=False))
-    return pa.schema(
-        [pa.field("input_ids", ids, nullable=False), pa.field("lengths", lengths, nullable=False)]
-    )
+    counts = pa.list_(pa.field("item", pa.int32(), nullable=False))
+    kinds = {"input_ids": ids, "lengths": counts, "prompts": counts}
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in kinds.items()])
 
 
 class ShardWriter:
@@ -67,14 +68,13 @@ class ShardWriter:
     def _write_group(self) -> None:
         ids = np.concatenate([row.input_ids for row in self._group])
         counts = [len(row.lengths) for row in self._group]
-        lengths = np.array([n for row in self._group for n in row.lengths], np.int32)
-        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-        arrays = [
-            pa.FixedSizeListArray.from_arrays(pa.array(ids), type=self._schema.field(0).type),
-            pa.ListArray.from_arrays(
-                pa.array(offsets), pa.array(lengths), type=self._schema.field(1).type
-            ),
-        ]
+        offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
+        arrays = [pa.FixedSizeListArray.from_arrays(pa.array(ids), type=self._schema.field(0).type)]
+        for found in ([row.lengths for row in self._group], [row.prompts for row in self._group]):
+            values = pa.array(np.fromiter(itertools.chain(*found), np.int32))
+            arrays.append(
+                pa.ListArray.from_arrays(offsets, values, type=self._schema.field(1).type)
+            )
         self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
         self._group = []
 
@@ -85,6 +85,7 @@ class _Group(NamedTuple):
     input_ids: np.ndarray  # int32 [rows, length]
     offsets: np.ndarray  # int32 [rows + 1]
     lengths: np.ndarray  # int32 [documents]
+    prompts: np.ndarray  # int32 [documents]
 
 
 class Shards:
@@ -119,21 +120,23 @@ class Shards:
 
     def read(
         self, source: str, split: SplitName, rows: Int[np.ndarray, " n"] | Sequence[int]
-    ) -> tuple[Int32[np.ndarray, "n length"], list[list[int]]]:
-        """The rows with these global numbers, in this order, and the lengths of their documents."""
+    ) -> PackedRows:
+        """The rows with these global numbers, in this order."""
         starts = self._starts[source, split]
         wanted = np.asarray(rows, dtype=np.int64)
         if wanted.size and (wanted.min() < 0 or wanted.max() >= starts[-1]):
             raise IndexError(f"{source}/{split} has {starts[-1]} rows; asked for {wanted.max()}")
         files = np.searchsorted(starts, wanted, side="right") - 1
         ids = np.empty((len(wanted), self.manifest.length), np.int32)
-        lengths = []
+        lengths, prompts = [], []
         for k, (file, row) in enumerate(zip(files, wanted - starts[files], strict=True)):
             group, at = divmod(int(row), self.manifest.group_rows)
             found = self._group(self._shards[source, split][file].name, group)
             ids[k] = found.input_ids[at]
-            lengths.append(found.lengths[found.offsets[at] : found.offsets[at + 1]].tolist())
-        return ids, lengths
+            documents = slice(found.offsets[at], found.offsets[at + 1])
+            lengths.append(found.lengths[documents].tolist())
+            prompts.append(found.prompts[documents].tolist())
+        return PackedRows(ids, lengths, prompts)
 
     def verify(self, source: str, split: SplitName) -> None:
         """Hash the shards of a split against the manifest; `UserError` naming the first bad one."""
@@ -152,8 +155,10 @@ class Shards:
             return self._groups[key]
         batch = self._fetched(name, index) if self._remote else self._file(name).get_batch(index)
         ids = batch.column(0).flatten().to_numpy().reshape(batch.num_rows, -1)
-        documents = batch.column(1)
-        group = _Group(ids, documents.offsets.to_numpy(), documents.values.to_numpy())
+        lengths, prompts = batch.column(1), batch.column(2)
+        group = _Group(
+            ids, lengths.offsets.to_numpy(), lengths.values.to_numpy(), prompts.values.to_numpy()
+        )
         self._groups[key] = group
         if len(self._groups) > self._most_groups:
             old, _ = self._groups.popitem(last=False)
@@ -210,8 +215,8 @@ def _cache_dir() -> str:
 
 def held_out(
     shards: Shards, split: SplitName = "validation", max_rows: int | None = None
-) -> dict[str, tuple[np.ndarray, list[list[int]]]]:
-    """Per source held-out rows: `(input_ids int32 [n, length], lengths)`.
+) -> dict[str, PackedRows]:
+    """Per source its held-out rows.
 
     All of them, or `max_rows` evenly spread ones. Sources without a row in the split are left out.
     """

@@ -7,15 +7,20 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import Discriminator, Field, Tag
 
 from bitray import storage
-from bitray.data import embedded
-from bitray.data.formats import SUFFIXES, Found, How, Part, read_part, split_file, suffix
+from bitray.data import embedded, huggingface
+from bitray.data.formats import SUFFIXES, Part, read_part, split_file, suffix
+from bitray.data.rows import Found, RowSettings
 from bitray.settings import Settings, UserError
 from bitray.storage import FileInfo
+
+ASIDE = {"weight", "licence", "probe"}
+"""Settings of a source that do not change its rows."""
 
 
 class Unit(NamedTuple):
@@ -24,6 +29,9 @@ class Unit(NamedTuple):
     source: str
     number: int
     parts: tuple[Part, ...]
+    documents: int | None = None
+    """At most so many of it; see `limits`."""
+    tokens: int | None = None
 
     def dump(self) -> str:
         """As JSON, to travel between processes."""
@@ -32,8 +40,13 @@ class Unit(NamedTuple):
     @classmethod
     def load(cls, text: str) -> "Unit":
         """The unit that `dump` wrote."""
-        source, number, parts = json.loads(text)
-        return cls(source, number, tuple(Part(*part) for part in parts))
+        source, number, parts, *limits = json.loads(text)
+        return cls(source, number, tuple(Part(*part) for part in parts), *limits)
+
+    @property
+    def size(self) -> int:
+        """Bytes of text, roughly."""
+        return sum(part.size for part in self.parts)
 
 
 class SourceSettings(Settings):
@@ -44,7 +57,11 @@ class SourceSettings(Settings):
     licence: str = "unknown"
     """Recorded in the manifest and the model card."""
     probe: str | None = None
-    """The held-out domain that its probe documents belong to; None: one of the source's name."""
+    """Name of the domain that its probe documents stand for; None: the source's own."""
+    max_documents: int | None = Field(None, ge=1)
+    """Documents of the source, held-out ones included: the first so many in reading order."""
+    max_tokens: int | None = Field(None, ge=1)
+    """As `max_documents`, whole documents as long as they fit."""
 
     def inputs(self) -> list[FileInfo]:
         """Every input with size and identity. `UserError` if there is none."""
@@ -71,23 +88,15 @@ class SourceSettings(Settings):
         return [Unit(name, number, tuple(parts)) for number, parts in enumerate(groups)]
 
 
-class LocalSource(SourceSettings):
-    """Files: a folder, a file or a glob, local or in object storage."""
+class LocalSource(SourceSettings, RowSettings):
+    """Files: a folder, a file or a glob; local, in object storage, or on the Hugging Face Hub."""
 
     type: Literal["local"] = "local"
     path: str
-    """Folder, file or glob of parquet, jsonl, jsonl.gz, jsonl.zst or txt; local, s3:// or gs://."""
-    columns: tuple[str, ...] = Field(("text",), min_length=1)
-    """The columns that make a document, joined in this order."""
-    separator: str = "\n\n"
-    """Between joined columns."""
+    """Folder, file or glob of parquet, jsonl or json lines (also .gz, .zst) or txt: local, s3://,
+    gs:// or hf://datasets/OWNER/NAME[@REVISION]/..."""
     document_separator: str | None = Field(None, min_length=1)
     """Between the documents of a txt file; by default a file is one document."""
-
-    @field_validator("columns", mode="before")
-    @classmethod
-    def _one_column(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
 
     def inputs(self) -> list[FileInfo]:
         """The files, sorted by name."""
@@ -106,7 +115,41 @@ class LocalSource(SourceSettings):
 
     def read(self, part: Part) -> Iterator[Found]:
         """See `formats.read_part`."""
-        return read_part(part, How(self.columns, self.separator, self.document_separator))
+        return read_part(part, self, self.document_separator)
+
+
+class StreamingSource(SourceSettings, RowSettings):
+    """A dataset of the Hub, or a local folder laid out like one, that only `datasets` can read.
+
+    A unit is a shard of it. Where there are parquet files, `local` with `hf://` is quicker.
+    """
+
+    type: Literal["streaming"] = "streaming"
+    path: str
+    """OWNER/NAME, or a folder."""
+    name: str | None = None
+    """Of the configuration; None: the default one."""
+    split: str = "train"
+    revision: str | None = None
+    """Branch, tag or commit; the commit that it is when preparation is planned is recorded."""
+
+    def inputs(self) -> list[FileInfo]:
+        """One: the dataset at its commit."""
+        wanted = huggingface.Dataset(self.path, self.name, self.split, self.revision)
+        dataset, identity = huggingface.pinned(wanted)
+        return [FileInfo(json.dumps(dataset), huggingface.shard_count(dataset), identity)]
+
+    def parts(self, inputs: Sequence[FileInfo], unit_bytes: int) -> Iterator[Part]:
+        """The shards, in an order of their own."""
+        for shard in sorted(range(inputs[0].size), key=lambda k: _scattered(str(k))):
+            yield Part(inputs[0].uri, shard, shard + 1, unit_bytes)
+
+    def read(self, part: Part) -> Iterator[Found]:
+        """The rows of a shard."""
+        dataset = huggingface.Dataset(*json.loads(part.uri))
+        for number, row in enumerate(huggingface.shard_rows(dataset, part.start)):
+            place = f"{dataset.path} shard {part.start} row {number}"
+            yield self.found(place, partial(dict, row))
 
 
 class EmbeddedSource(SourceSettings):
@@ -115,7 +158,6 @@ class EmbeddedSource(SourceSettings):
     type: Literal["embedded"] = "embedded"
     domain: embedded.Domain
     licence: str = "PSF-2.0 (Python standard library) or generated"
-    max_documents: int | None = Field(None, ge=1)
     max_bytes: int | None = Field(None, ge=1)
     """None: 2.4 MB of code, 1.2 MB of prose, 0.7 MB of arithmetic."""
 
@@ -131,8 +173,7 @@ class EmbeddedSource(SourceSettings):
 
     def read(self, part: Part) -> Iterator[Found]:
         """The documents of the domain."""
-        texts = embedded.documents(self.domain, self.max_documents, self.max_bytes)
-        for number, text in enumerate(texts):
+        for number, text in enumerate(embedded.documents(self.domain, self.max_bytes)):
             yield Found(f"{part.uri} document {number}", text)
 
 
@@ -144,7 +185,9 @@ def _tag(value: Any) -> Any:
 
 
 Source = Annotated[
-    Annotated[LocalSource, Tag("local")] | Annotated[EmbeddedSource, Tag("embedded")],
+    Annotated[LocalSource, Tag("local")]
+    | Annotated[StreamingSource, Tag("streaming")]
+    | Annotated[EmbeddedSource, Tag("embedded")],
     Discriminator(_tag),
 ]
 

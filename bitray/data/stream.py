@@ -37,7 +37,7 @@ from bitray.data.plan import Rows
 from bitray.data.reader import empty_batch, read_rows
 from bitray.data.shards import Shards
 from bitray.data.tickets import EMPTY, Deal
-from bitray.models.batch import Batch
+from bitray.models.batch import Batch, PackedRows
 from bitray.settings import UserError
 
 TASKS = 1000
@@ -210,19 +210,19 @@ def _bundle(
     shards: Shards, sources: list[str], tickets: list[int], planned: Mapping[str, np.ndarray] | None
 ) -> pa.Table:
     """One block of one row: tickets, and of the rows of the tickets that are not empty, one after
-    the other, source numbers, token ids, and document lengths with their number per row."""
-    ids, source = np.empty(0, np.int32), np.empty(0, np.int64)
-    lengths: list[list[int]] = []
+    the other, source numbers, token ids, and lengths of documents and of their prompts, with the
+    number of documents per row."""
+    found, source = PackedRows(np.empty((0, 0), np.int32), [], []), np.empty(0, np.int64)
     if planned is not None:
         rows = Rows(*(planned[key].reshape(-1) for key in Rows._fields))
-        ids, lengths = read_rows(shards, sources, rows)
-        source = rows.source
+        found, source = read_rows(shards, sources, rows), rows.source
     columns: dict[str, np.ndarray] = {
         "tickets": np.array(tickets, np.int64),
         "source": source,
-        "input_ids": ids.reshape(-1),
-        "documents": np.array([len(found) for found in lengths], np.int64),
-        "lengths": np.array([n for found in lengths for n in found], np.int32),
+        "input_ids": found.input_ids.reshape(-1),
+        "documents": np.array([len(lengths) for lengths in found.lengths], np.int64),
+        "lengths": np.fromiter(itertools.chain(*found.lengths), np.int32),
+        "prompts": np.fromiter(itertools.chain(*found.prompts), np.int32),
     }
     return pa.table({name: _cell(values) for name, values in columns.items()})
 
@@ -287,14 +287,17 @@ def _batches(block: pa.Table, mixture: StageMixture) -> Iterator[tuple[int, Batc
     ids = columns["input_ids"].reshape(-1, size, length)
     source = columns["source"].reshape(-1, size)
     ends = np.cumsum(columns["documents"])[:-1]
-    lengths = [part.tolist() for part in np.split(columns["lengths"], ends)]
+    lengths, prompts = (
+        [part.tolist() for part in np.split(columns[name], ends)] for name in ("lengths", "prompts")
+    )
     at = 0
     for ticket in columns["tickets"].tolist():
         if ticket == EMPTY:
             yield ticket, empty_batch(size, length)
             continue
-        documents = lengths[at * size : (at + 1) * size]
-        yield ticket, Batch.from_rows(ids[at], documents, source[at].tolist())
+        mine = slice(at * size, (at + 1) * size)
+        batch = Batch.from_rows(ids[at], lengths[mine], source[at].tolist(), prompts[mine])
+        yield ticket, batch
         at += 1
 
 

@@ -117,19 +117,18 @@ class Encoder:
         self._tokenizer.encode_special_tokens = True
         self._end = end
 
-    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """int32 ids of each text, in order."""
-        if all(len(text) <= SLICE for text in texts):
-            return [np.append(ids, np.int32(self._end)) for ids in self._batch(texts)]
-        return [self._long(text) for text in texts]
+    def encode(self, texts: Sequence[str], end: bool = True) -> list[np.ndarray]:
+        """int32 ids of each text, in order; `end`: with the end token, which a prompt has not."""
+        short = all(len(text) <= SLICE for text in texts)
+        found = self._batch(texts) if short else [self._long(text) for text in texts]
+        return [np.append(ids, np.int32(self._end)) for ids in found] if end else found
 
     def _batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def _long(self, text: str) -> np.ndarray:
-        pieces = [self._batch([piece])[0] for piece in _slices(text)]
-        return np.concatenate([*pieces, np.array([self._end], np.int32)])
+        return np.concatenate([self._batch([piece])[0] for piece in _slices(text)])
 
 
 def _slices(text: str) -> Iterator[str]:

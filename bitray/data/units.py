@@ -4,16 +4,18 @@ A function of the unit alone: who does it, and what else is done, changes no byt
 """
 
 import hashlib
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from bitray import storage
-from bitray.data.formats import Found
 from bitray.data.job import TOKENIZER, Job, Task, UnitResult, check_skipped, result_name, shard_name
+from bitray.data.limits import Left
 from bitray.data.manifest import KEPT_PLACES, SPLITS, Counts, Shard, Skipped, SplitName
 from bitray.data.packing import Packer
+from bitray.data.rows import Found
 from bitray.data.settings import DataSettings, HeldOut
 from bitray.data.shards import ShardWriter
 from bitray.data.sources import Source, Unit
@@ -27,24 +29,24 @@ HOPELESS = 100
 
 
 class Tally:
-    """Counts the rows of a source, and lets only documents through."""
+    """Counts the rows of a source, and tells which are documents."""
 
     def __init__(self, source: str, max_bad_rows: float) -> None:
-        self.rows = self.empty = self.bad = 0
+        self.rows = self.empty = self.filtered = self.bad = 0
         self.places: list[str] = []
         self._source = source
         self._allowed = max_bad_rows
 
-    def documents(self, found: Iterable[Found]) -> Iterator[str]:
-        """The texts that are there and not blank. `UserError` if hardly any is."""
-        for place, text, problem in found:
-            self.rows += 1
-            if text is None:
-                self._skip(f"{place} ({problem})")
-            elif not text or text.isspace():
-                self.empty += 1
-            else:
-                yield text
+    def takes(self, found: Found) -> bool:
+        """Count a row; whether it holds text. `UserError` if hardly any does."""
+        self.rows += 1
+        if found.text is None and found.problem:
+            self._skip(f"{found.place} ({found.problem})")
+        elif found.text is None:
+            self.filtered += 1
+        elif not found.is_document:
+            self.empty += 1
+        return found.is_document
 
     def skipped(self) -> Skipped:
         """The bad rows so far."""
@@ -82,9 +84,10 @@ def documents(
 
 def _texts(name: str, source: Source, settings: DataSettings) -> Iterator[str]:
     tally = Tally(name, settings.max_bad_rows)
-    for unit in source.units(name, source.inputs(), settings.unit_bytes):
-        for part in unit.parts:
-            yield from tally.documents(source.read(part))
+    units = source.units(name, source.inputs(), settings.unit_bytes)
+    found = (one for unit in units for part in unit.parts for one in source.read(part))
+    for one in itertools.islice(filter(tally.takes, found), source.max_documents):
+        yield f"{one.prompt}{one.text}"
 
 
 # ---------------------------------------------------------------------------------------- one unit
@@ -98,10 +101,10 @@ class _Split:
         self._writer = ShardWriter(task.length)
         self._documents = self._tokens = 0
 
-    def add(self, ids: np.ndarray) -> None:
+    def add(self, ids: np.ndarray, prompt: int) -> None:
         self._documents += 1
         self._tokens += len(ids)
-        self._writer.add(self._packer.add(ids))
+        self._writer.add(self._packer.add(ids, prompt))
 
     def written(self, task: Task, name: str) -> Counts:
         """Close the shard and write it whole; no shard if there is no row."""
@@ -128,13 +131,16 @@ class _Split:
 def run_unit(task: Task, unit: Unit, encoder: Encoder) -> UnitResult:
     """Do a unit. `UserError` for an unreadable file or rows that are mostly bad."""
     settings = task.settings
-    source = settings.sources[unit.source]
     tally = Tally(unit.source, settings.max_bad_rows)
     splits = {split: _Split(task) for split in SPLITS}
-    found = (one for part in unit.parts for one in source.read(part))
-    for batch in _batches(tally.documents(found)):
-        for text, ids in zip(batch, encoder.encode(batch), strict=True):
-            splits[split_of(text, settings.split)].add(ids)
+    left, cut = Left(unit.documents, unit.tokens), False
+    for found, ids, prompt in _encoded(settings.sources[unit.source], unit, encoder):
+        if cut := found.is_document and not left.fits(1, len(ids)):
+            break  # rows that are no documents count up to here, whatever limit the unit has
+        if tally.takes(found):
+            left = left.less(1, len(ids))
+            split = split_of(f"{found.prompt}{found.text}", settings.split)
+            splits[split].add(ids, prompt)
     counts = {
         split: rows.written(task, shard_name(unit.source, split, unit.number))
         for split, rows in splits.items()
@@ -145,6 +151,8 @@ def run_unit(task: Task, unit: Unit, encoder: Encoder) -> UnitResult:
         number=unit.number,
         input_rows=tally.rows,
         empty=tally.empty,
+        filtered=tally.filtered,
+        cut=cut,
         skipped=tally.skipped(),
         splits=counts,
     )
@@ -185,12 +193,24 @@ def in_process(job: Job, units: Sequence[Unit]) -> Iterator[UnitResult]:
     yield from unpacked(worker({"unit": unit.dump()}) for unit in units)
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _encoded(
+    source: Source, unit: Unit, encoder: Encoder
+) -> Iterator[tuple[Found, np.ndarray, int]]:
+    """Rows of a unit with their token ids, and how many of those are the prompt's."""
+    rows = (one for part in unit.parts for one in source.read(part))
+    for batch in _batches(rows):
+        prompts = encoder.encode([one.prompt for one in batch], end=False)
+        texts = encoder.encode([one.text or "" for one in batch])
+        for one, prompt, text in zip(batch, prompts, texts, strict=True):
+            yield one, np.concatenate([prompt, text]), len(prompt)
+
+
+def _batches(rows: Iterable[Found]) -> Iterator[list[Found]]:
+    batch: list[Found] = []
     size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
+    for row in rows:
+        batch.append(row)
+        size += len(row.prompt) + len(row.text or "")
         if size >= SLICE or len(batch) == BATCH:
             yield batch
             batch, size = [], 0

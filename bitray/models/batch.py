@@ -1,15 +1,44 @@
 """What a model is trained on: one micro-batch of packed rows as tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Int32
 from torch import Tensor
 
 IGNORED = -100
-"""Label of positions that are not learnt: padding and the first token of every document."""
+"""Label of positions that are not learnt: padding, prompts, the first token of every document."""
+
+
+class PackedRows(NamedTuple):
+    """Rows as they are read: documents one after the other, then padding."""
+
+    input_ids: Int32[np.ndarray, "n length"]
+    lengths: list[list[int]]
+    """Tokens of each document, per row."""
+    prompts: list[list[int]]
+    """Tokens at the beginning of each document that are not learnt, per row."""
+
+    def batch(self, source_id: Sequence[int] | None = None) -> "Batch":
+        """All of them, of source 0 unless said otherwise."""
+        sources = [0] * len(self.lengths) if source_id is None else source_id
+        return Batch.from_rows(self.input_ids, self.lengths, sources, self.prompts)
+
+    @classmethod
+    def joined(cls, parts: Iterable["PackedRows"]) -> "PackedRows":
+        """The rows of some after those of others."""
+        ids, lengths, prompts = zip(*parts, strict=True)
+        return cls(np.concatenate(ids), list(chain(*lengths)), list(chain(*prompts)))
+
+    def part(self, start: int, stop: int) -> "PackedRows":
+        """Some of them."""
+        return PackedRows(
+            self.input_ids[start:stop], self.lengths[start:stop], self.prompts[start:stop]
+        )
 
 
 @dataclass(frozen=True)
@@ -26,18 +55,26 @@ class Batch:
 
     @classmethod
     def from_rows(
-        cls, input_ids: np.ndarray, lengths: Sequence[Sequence[int]], source_id: Sequence[int]
+        cls,
+        input_ids: np.ndarray,
+        lengths: Sequence[Sequence[int]],
+        source_id: Sequence[int],
+        prompts: Sequence[Sequence[int]] | None = None,
     ) -> "Batch":
-        """Rows `[batch, length]` with the lengths of their documents; what is left is padding."""
+        """Rows `[batch, length]` with the lengths of their documents; what is left is padding.
+
+        `prompts`: of each document, how many tokens at its beginning are not learnt; None: 0.
+        """
         rows, width = input_ids.shape
         positions = np.empty((rows, width), np.int64)
         learnt = np.zeros((rows, width), bool)
         real = np.zeros((rows, width), bool)
         for row, documents in enumerate(lengths):
             start = 0
-            for count in documents:
+            unlearnt = [0] * len(documents) if prompts is None else prompts[row]
+            for count, prompt in zip(documents, unlearnt, strict=True):
                 positions[row, start : start + count] = np.arange(count)
-                learnt[row, start + 1 : start + count] = True
+                learnt[row, start + max(prompt, 1) : start + count] = True
                 start += count
             positions[row, start:] = np.arange(width - start)
             real[row, :start] = True

@@ -25,7 +25,8 @@ def mathematical_settings(config: Config) -> dict[str, Any]:
     for stage in values["stages"].values():
         for key in _BESIDE:
             stage.pop(key, None)
-    values["data"].pop("prepared_dir", None)
+    for key in ("prepared_dir", "overlap"):
+        values["data"].pop(key, None)
     return values
 
 

@@ -18,7 +18,7 @@ from bitray.data.shards import Shards, held_out
 from bitray.data.tokenizer import check_vocabulary
 from bitray.export import write_gguf, write_huggingface
 from bitray.inference import evaluate, generate, perplexity
-from bitray.models.batch import IGNORED, Batch
+from bitray.models.batch import IGNORED
 from bitray.models.loading import load_model, load_tokenizer
 from bitray.models.losses import LossModel
 from bitray.nn import set_strength
@@ -77,7 +77,7 @@ def evaluate_checkpoint(arguments: Evaluation) -> Table:
         [
             (
                 name,
-                str(len(rows[name][0])) if name in rows else "",
+                str(len(rows[name].input_ids)) if name in rows else "",
                 f"{loss:.4f}",
                 f"{perplexity(loss):.2f}",
             )
@@ -157,15 +157,15 @@ def preview(config: Config, rows: int) -> str:
     lines = ["", "rows as training sees them; tokens in ⟦ ⟧ are read but not learnt"]
     for source in manifest.sources:
         numbers = np.arange(min(rows, shards.num_rows(source)))
-        ids, lengths = shards.read(source, "train", numbers)
-        batch = Batch.from_rows(ids, lengths, [0] * len(ids))
-        for number, documents in enumerate(lengths):
+        found = shards.read(source, "train", numbers)
+        batch = found.batch()
+        for number, documents in enumerate(found.lengths):
             labels = batch.labels[number].numpy()
             lines += [
                 "",
                 f"--- {source}, row {number}: {len(documents)} documents, {sum(documents)} tokens, "
                 f"{len(labels) - sum(documents)} of padding",
-                *_documents(tokenizer, ids[number], labels, documents),
+                *_documents(tokenizer, found.input_ids[number], labels, documents),
             ]
     return "\n".join(lines)
 

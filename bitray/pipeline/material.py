@@ -7,8 +7,10 @@ from typing import NamedTuple
 from bitray import storage
 from bitray.data.job import inputs_of
 from bitray.data.manifest import Manifest, digest
+from bitray.data.overlap import overlap
 from bitray.data.prepare import prepare, prepared_identity
 from bitray.data.settings import DataSettings
+from bitray.data.sources import ASIDE
 from bitray.data.tokenizer import train_tokenizer
 from bitray.data.units import documents
 from bitray.pipeline.config import Config, StageSettings
@@ -35,9 +37,8 @@ def tokenizer_of(config: Config) -> str:
         return named
     assert config.model.config is not None
     size, inputs = config.model.config.get("vocab_size", 32000), inputs_of(config.data)
-    aside = {"weight", "licence", "probe"}  # they do not change the text
     sources = {
-        name: [source.model_dump(mode="json", exclude=aside), [list(one) for one in inputs[name]]]
+        name: [source.model_dump(mode="json", exclude=ASIDE), [list(one) for one in inputs[name]]]
         for name, source in config.data.sources.items()
     }
     key = digest([size, config.data.split.model_dump(), sources])
@@ -87,10 +88,15 @@ class Material:
 
     def prepare(self) -> dict[RowKind, Manifest]:
         """Prepare what is missing, as Ray Data jobs."""
-        return {
+        manifests = {
             kind: prepare(self._data(kind), self.tokenizer, kind.length, folder)
             for kind, folder in self.folders.items()
         }
+        if self.config.data.overlap.enabled:
+            longest = max(self.kinds)  # it cuts the fewest documents
+            report = overlap(self.folders[longest], manifests[longest], self.config.data.overlap)
+            print(report.text(), flush=True)
+        return manifests
 
     def _data(self, kind: RowKind) -> DataSettings:
         return self.config.data.model_copy(update={} if kind.packed else {"open_bins": 0})

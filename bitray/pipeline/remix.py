@@ -9,7 +9,7 @@ import numpy as np
 
 from bitray.data.permutation import key_of, place
 from bitray.data.shards import Shards, held_out
-from bitray.models.batch import Batch
+from bitray.models.batch import Batch, PackedRows
 from bitray.pipeline.config import Config
 from bitray.settings import UserError
 from bitray.training.influence import Decide, Influence, Material
@@ -65,9 +65,7 @@ def _probes(config: Config, stage: str, shards: Shards) -> dict[str, Batch]:
                 f"stages.{stage}.influence: the probe domain '{domain}' has no held-out document; "
                 "raise data.split.probe, give more text, or leave it out of influence.probes"
             )
-        ids = np.concatenate([part[0] for part in found])
-        lengths = [one for part in found for one in part[1]]
-        probes[domain] = Batch.from_rows(ids, lengths, [0] * len(ids))
+        probes[domain] = PackedRows.joined(found).batch()
     return probes
 
 
@@ -80,10 +78,8 @@ def _groups(config: Config, stage: str, shards: Shards) -> Callable[[str, int], 
         cursor = number * size + np.arange(size)
         total = np.full(size, shards.num_rows(source))
         key = np.full(size, key_of(config.data.seed, "influence", stage, source))
-        ids, lengths = shards.read(source, "train", place(cursor, total, key)[1])
-        return [
-            Batch.from_rows(ids[at], [lengths[k] for k in at], [0] * len(at))
-            for at in np.split(np.arange(size), settings.groups)
-        ]
+        rows = shards.read(source, "train", place(cursor, total, key)[1])
+        each = settings.group_rows
+        return [rows.part(at, at + each).batch() for at in range(0, size, each)]
 
     return groups

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import ray
 import ray.train
 import ray.train.torch
@@ -18,7 +17,7 @@ from bitray.data.manifest import digest, read_manifest
 from bitray.data.shards import Shards, held_out
 from bitray.data.stream import TicketStream, worker_batches
 from bitray.inference.evaluation import evaluate
-from bitray.models.batch import Batch
+from bitray.models.batch import Batch, PackedRows
 from bitray.models.convert import is_bitnet, to_bitnet
 from bitray.models.isolation import check_documents_isolated
 from bitray.models.loading import (
@@ -169,9 +168,7 @@ class Stage:
     def calibration(self) -> Batch:
         """A few training rows of every source."""
         rows = held_out(self.shards, "train", CALIBRATION_ROWS)
-        ids = np.concatenate([found for found, _ in rows.values()])
-        lengths = [one for _, found in rows.values() for one in found]
-        return Batch.from_rows(ids, lengths, [0] * len(ids)).to(self.device)
+        return PackedRows.joined(rows.values()).batch().to(self.device)
 
     def loop(self, model: LossModel, strength: float) -> Loop:
         """The loop at the place where it is to continue."""
@@ -303,16 +300,11 @@ def read_evaluations(run_dir: str) -> dict[str, dict[str, float]]:
     return storage.read_json(uri) if storage.exists(uri) else {}
 
 
-def batches_of(
-    rows: Mapping[str, tuple[np.ndarray, list[list[int]]]], size: int
-) -> dict[str, list[Batch]]:
+def batches_of(rows: Mapping[str, PackedRows], size: int) -> dict[str, list[Batch]]:
     """Rows of each domain as batches."""
     return {
-        name: [
-            Batch.from_rows(part := ids[at : at + size], lengths[at : at + size], [0] * len(part))
-            for at in range(0, len(ids), size)
-        ]
-        for name, (ids, lengths) in rows.items()
+        name: [found.part(at, at + size).batch() for at in range(0, len(found.lengths), size)]
+        for name, found in rows.items()
     }
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitray.data import Row, pack
+from bitray.data import Packer, Row, pack
 from bitray.settings import UserError
 
 
@@ -42,6 +42,39 @@ def offline(sizes: list[int], length: int) -> int:
 
 def padding(sizes: list[int], length: int, rows: int) -> float:
     return 1 - sum(sizes) / (rows * length)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(1, 40)), max_size=40),
+    st.integers(1, 24),
+    st.integers(0, 4),
+)
+def test_prompts_give_way_to_completions_and_no_row_holds_nothing_to_learn(
+    sizes: list[tuple[int, int]], length: int, open_bins: int
+) -> None:
+    """Every completion's tokens come out once, behind as much of its prompt's end as has room."""
+    documents = numbered([prompt + completion for prompt, completion in sizes])
+    packer = Packer(length, open_bins)
+    rows = [
+        row
+        for document, (prompt, _) in zip(documents, sizes, strict=True)
+        for row in packer.add(document, prompt)
+    ]
+    rows += packer.flush()
+    found = {}
+    for row in rows:
+        for piece, prompt in zip(pieces(row), row.prompts, strict=True):
+            assert prompt < len(piece)
+            found[piece[0]] = (piece, prompt)
+    expected = []
+    for document, (prompt, completion) in zip(documents, sizes, strict=True):
+        kept = min(prompt, max(length - completion, 0))
+        learnt = document[prompt - kept :].tolist()
+        expected += [
+            (learnt[at : at + length], 0 if at else kept) for at in range(0, len(learnt), length)
+        ]
+    assert [found[key] for key in sorted(found)] == expected
+    assert packer.truncated == sum(prompt + completion > length for prompt, completion in sizes)
 
 
 @given(st.lists(st.integers(0, 70), max_size=60), st.integers(1, 24), st.integers(1, 4))

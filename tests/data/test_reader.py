@@ -7,7 +7,7 @@ import torch
 from bitray.data.plan import MixturePlan, opening
 from bitray.data.reader import PlanReader, SyntheticShards, empty_batch, read_rows
 from bitray.data.tickets import EMPTY
-from bitray.models.batch import IGNORED, Batch
+from bitray.models.batch import IGNORED
 
 ROWS = {"a": 30, "b": 200, "c": 50}
 SHARDS = SyntheticShards(ROWS, length=32, vocab_size=97)
@@ -72,8 +72,8 @@ def test_batches_are_the_rows_of_the_plan() -> None:
     rows = PLAN.rows(12, 2)
     assert batch.source_id.tolist() == rows.source.tolist()
     for at in range(2):
-        ids, lengths = SHARDS.read("abc"[rows.source[at]], "train", rows.row[at : at + 1])
-        expected = Batch.from_rows(ids, lengths, [0])
+        found = SHARDS.read("abc"[rows.source[at]], "train", rows.row[at : at + 1])
+        expected = found.batch()
         assert torch.equal(batch.input_ids[at], expected.input_ids[0])
         assert torch.equal(batch.position_ids[at], expected.position_ids[0])
         assert torch.equal(batch.labels[at], expected.labels[0])
@@ -98,14 +98,15 @@ def test_reading_ends_where_the_sources_do() -> None:
 
 def test_rows_come_back_in_the_order_of_the_plan() -> None:
     rows = PLAN.rows(100, 40)
-    ids, lengths = read_rows(SHARDS, PLAN.sources, rows)
+    ids, lengths, prompts = read_rows(SHARDS, PLAN.sources, rows)
     for at in range(40):
         alone = SHARDS.read("abc"[rows.source[at]], "train", rows.row[at : at + 1])
-        assert (ids[at] == alone[0][0]).all() and lengths[at] == alone[1][0]
+        assert (ids[at] == alone.input_ids[0]).all()
+        assert (lengths[at], prompts[at]) == (alone.lengths[0], alone.prompts[0])
 
 
 def test_synthetic_rows_can_be_told_apart_and_learnt() -> None:
-    ids, lengths = SHARDS.read("c", "train", np.arange(50))
+    ids, lengths, _ = SHARDS.read("c", "train", np.arange(50))
     assert len(np.unique(ids, axis=0)) == 50
     for row, documents in zip(ids, lengths, strict=True):
         start = 0

@@ -11,6 +11,7 @@ from bitray.data import Manifest, Row, Shards, held_out
 from bitray.data import shards as module
 from bitray.data.manifest import Counts, Shard, SourceManifest
 from bitray.data.shards import ShardWriter
+from bitray.models.batch import PackedRows
 from bitray.settings import UserError
 
 LENGTH = 16
@@ -23,7 +24,7 @@ def some_rows(count: int, seed: int) -> list[Row]:
         lengths = rng.integers(1, 6, size=3).tolist()
         ids = np.zeros(LENGTH, np.int32)
         ids[: sum(lengths)] = rng.integers(1, 1 << 20, sum(lengths))
-        rows.append(Row(ids, lengths))
+        rows.append(Row(ids, lengths, [n - 1 for n in lengths]))
     return rows
 
 
@@ -52,12 +53,13 @@ def small_groups(monkeypatch):
     monkeypatch.setattr(module, "GROUP_TOKENS", 4 * LENGTH)
 
 
-def assert_equal(read: tuple[np.ndarray, list[list[int]]], expected: list[Row]) -> None:
-    ids, lengths = read
+def assert_equal(read: PackedRows, expected: list[Row]) -> None:
+    ids, lengths, prompts = read
     assert ids.dtype == np.int32
     assert ids.shape == (len(expected), LENGTH)
     assert all(np.array_equal(a, row.input_ids) for a, row in zip(ids, expected, strict=True))
     assert lengths == [row.lengths for row in expected]
+    assert prompts == [row.prompts for row in expected]
 
 
 @pytest.mark.parametrize("where", ["local", "s3"])

@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from pydantic import TypeAdapter
 from bitray import storage
 from bitray.data import formats
 from bitray.data.formats import Found
-from bitray.data.sources import EmbeddedSource, LocalSource, Source, Unit
+from bitray.data.sources import EmbeddedSource, LocalSource, Source, StreamingSource, Unit
 from bitray.settings import UserError
 
 TEXTS = ["one", "zwei\nZeilen", "drei\u2028 \u00e4\u00f6\u00fc", "NUL \0 inside", "x" * 5000, "end"]
@@ -35,7 +38,7 @@ def write(path: Path, texts: list[str]) -> Path:
             path.write_bytes(gzip.compress(data))
         case ".zst":
             path.write_bytes(zstandard.compress(data))
-        case ".jsonl":
+        case ".jsonl" | ".json":
             path.write_bytes(data)
         case ".txt":
             path.write_bytes("\n---\n".join(texts).encode())
@@ -51,7 +54,9 @@ def texts(found: list[Found]) -> list[str | None]:
     return [one.text for one in found]
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt"])
+@pytest.mark.parametrize(
+    "name", ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt", "a.json", "a.json.gz"]
+)
 def test_every_format_yields_the_same_documents(tmp_path, name):
     path = write(tmp_path / name, TEXTS)
     source = LocalSource(path=str(path), document_separator="\n---\n")
@@ -174,6 +179,132 @@ def test_object_storage_reads_like_a_folder(tmp_path, s3):
     remote = texts(read(LocalSource(path=f"{s3}/corpus"), 400))
     assert remote == texts(read(LocalSource(path=str(tmp_path)), 400))
     assert len(remote) == 3 * len(TEXTS)
+
+
+def test_the_hub_reads_like_a_folder_at_the_commit_of_the_plan(tmp_path, hub):
+    folder = tmp_path / "first"
+    folder.mkdir()
+    for name in ("a.parquet", "b.jsonl.gz", "c.jsonl"):
+        write(folder / name, [f"{name} {text}" for text in TEXTS])
+    sha = hub.push("org/corpus", folder)
+    source = LocalSource(path="hf://datasets/org/corpus")
+    inputs = source.inputs()
+    assert {file.uri.split("/")[4] for file in inputs} == {f"corpus@{sha}"}
+    (tmp_path / "empty").mkdir()
+    hub.push("org/corpus", tmp_path / "empty")
+    units = source.units("s", inputs, 400)
+    found = [one for unit in units for part in unit.parts for one in source.read(part)]
+    assert texts(found) == texts(read(LocalSource(path=str(folder)), 400))
+    assert len(found) == 3 * len(TEXTS)
+
+
+def test_an_unknown_dataset_of_the_hub_is_named(hub):
+    for source in (LocalSource(path="hf://datasets/org/no"), StreamingSource(path="org/no")):
+        with pytest.raises(UserError, match=r"org/no: the Hub at .* has no such dataset"):
+            source.inputs()
+
+
+# ---------------------------------------------------------------------------- streamed datasets
+
+
+@pytest.fixture
+def dataset(tmp_path) -> Path:
+    """A folder laid out like a dataset of the Hub: two configurations, one in two csv files."""
+    card = """---
+configs:
+- config_name: plain
+  data_files:
+  - {split: train, path: plain/*.csv}
+- config_name: other
+  data_files:
+  - {split: test, path: other.csv}
+---
+"""
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "README.md").write_text(card)
+    for number in range(2):
+        rows = "".join(f"{k},title {k},body {k}\n" for k in range(number, 60, 2))
+        (tmp_path / "plain" / f"{number}.csv").write_text("number,title,body\n" + rows)
+    (tmp_path / "other.csv").write_text('text\none\n"two\nlines"\n')
+    return tmp_path
+
+
+def test_a_streamed_dataset_is_read_shard_by_shard(dataset):
+    source = StreamingSource(
+        path=str(dataset), name="plain", columns=("title", "body"), separator=": ",
+        filters={"number": {"at_least": 10}},
+    )  # fmt: skip
+    units = source.units("s", source.inputs(), 1 << 20)
+    assert [len(unit.parts) for unit in units] == [1, 1]
+    read_ = [[*source.read(part)] for unit in units for part in unit.parts]
+    assert [len(found) for found in read_] == [30, 30]
+    kept = [one.text for found in read_ for one in found if one.text is not None]
+    assert sorted(kept) == sorted(f"title {k}: body {k}" for k in range(10, 60))
+    assert read_[0] == [*source.read(Unit.load(units[0].dump()).parts[0])], "again the same"
+
+
+def test_a_dataset_is_streamed_from_the_hub_at_a_commit(tmp_path, hub):
+    """In a process of its own: the library reads the Hub's address when it is imported."""
+    commits = []
+    for version in ("old", "new"):
+        folder = tmp_path / version
+        folder.mkdir()
+        (folder / "train.csv").write_text(f"text\n{version} one\n{version} two\n")
+        commits.append(hub.push("org/csv", folder))
+    program = """
+import json, sys
+from bitray.data.sources import StreamingSource
+for revision in (sys.argv[1], None):
+    source = StreamingSource(path="org/csv", revision=revision)
+    (given,) = source.inputs()
+    (unit,) = source.units("s", [given], 1 << 20)
+    print(json.dumps([given.identity, *(one.text for one in source.read(unit.parts[0]))]))
+"""
+    told = subprocess.run(
+        [sys.executable, "-c", program, commits[0]],
+        env={**os.environ, "HF_HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [json.loads(line) for line in told.stdout.splitlines()] == [
+        [commits[0], "old one", "old two"],
+        [commits[1], "new one", "new two"],
+    ]
+
+
+def test_a_streamed_dataset_is_another_when_its_files_change(dataset):
+    source = StreamingSource(path=str(dataset), name="other", split="test")
+    before = source.inputs()
+    assert texts(read(source)) == ["one", "two\nlines"]
+    assert source.inputs() == before
+    (dataset / "other.csv").write_text("text\nchanged\n")
+    assert source.inputs() != before
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"name": "plian"}, r"has no configuration 'plian' \(nearest: 'plain'\); it has: plain, "),
+        ({"name": "other", "split": "tset"}, r"has no split 'tset' \(nearest: 'test'\); it has"),
+        ({}, r"cannot be opened as a dataset \(Config name is missing"),
+    ],
+)
+def test_what_a_streamed_dataset_lacks_is_said(dataset, settings, sentence):
+    with pytest.raises(UserError, match=sentence) as error:
+        StreamingSource(path=str(dataset), **settings).inputs()
+    assert "\n" not in str(error.value)
+
+
+def test_a_streamed_dataset_that_is_damaged_is_named(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "one"}\n' * 3)
+    source = StreamingSource(path=str(tmp_path))
+    assert texts(read(source)) == ["one"] * 3
+    units = source.units("s", source.inputs(), 1 << 20)
+    (tmp_path / "train.jsonl").write_text('{"text": "one"}\nnot json\n')
+    with pytest.raises(UserError, match=r"shard 0 cannot be read \(") as error:
+        list(source.read(units[0].parts[0]))
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_files_need_no_type_and_unknown_types_are_refused():

@@ -37,9 +37,9 @@ def prepared(root: Path) -> Manifest:
     """A prepared folder that holds the synthetic rows."""
     sources = {}
     for source, count in SYNTHETIC.rows.items():
-        ids, lengths = SYNTHETIC.read(source, "train", np.arange(count))
+        ids, lengths, prompts = SYNTHETIC.read(source, "train", np.arange(count))
         writer = ShardWriter(SYNTHETIC.length)
-        writer.add(Row(*row) for row in zip(ids, lengths, strict=True))
+        writer.add(Row(*row) for row in zip(ids, lengths, prompts, strict=True))
         name = f"{source}/train-000000.arrow"
         data = writer.close().to_pybytes()
         storage.write_bytes(str(root / name), data)

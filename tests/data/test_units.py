@@ -4,6 +4,8 @@ import itertools
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from bitray.data import DataSettings, Manifest, Shards, documents, train_tokenizer
@@ -54,7 +56,7 @@ def prepared(corpus: Path, root: Path, **settings: object) -> Manifest:
 def texts_of(root: Path, manifest: Manifest, split: str) -> set[str]:
     """Documents (or pieces of long ones) of a split, as text, read back from its rows."""
     shards = Shards(str(root), manifest)
-    ids, lengths = shards.read("docs", split, range(manifest.num_rows("docs", split)))
+    ids, lengths, _ = shards.read("docs", split, range(manifest.num_rows("docs", split)))
     found = set()
     for row, counts in zip(ids, lengths, strict=True):
         ends = itertools.accumulate(counts, initial=0)
@@ -192,7 +194,10 @@ def test_empty_sources_and_lost_training_data_are_named(tmp_path):
     folder = tmp_path / "corpus"
     folder.mkdir()
     write(folder / "a.jsonl", ["", " "])
-    with pytest.raises(UserError, match=r"'docs' holds no document \(2 rows, 2 empty, 0 unusable"):
+    with pytest.raises(
+        UserError,
+        match=r"'docs' holds no document \(2 rows, 2 empty, 0 left out by its filters, 0 un",
+    ):
         prepared(folder, tmp_path / "out")
     write(folder / "a.jsonl", ["one document"])
     with pytest.raises(UserError, match="holds out all of its 1 documents"):
@@ -217,3 +222,153 @@ def test_tokenizers_are_trained_on_training_documents_only(corpus):
     assert not train & probe
     few = list(documents(settings, max_bytes=2000))
     assert 0 < sum(map(len, few)) <= 2000
+
+
+# ---------------------------------------------------------------------------- filters and limits
+
+
+def source_of(corpus: Path, **settings: object) -> dict[str, dict]:
+    return {"docs": {"path": str(corpus), **settings}}
+
+
+def test_rows_left_out_by_filters_are_counted(corpus, tmp_path):
+    filters = {"text": {"max_length": 30}}
+    found = prepared(corpus, tmp_path / "out", sources=source_of(corpus, filters=filters))
+    texts = [json.loads(line)["text"] for f in corpus.glob("*") for line in f.open()]
+    kept = sum(len(text) <= 30 for text in texts)
+    entry = found.sources["docs"]
+    assert 50 < kept < 250
+    assert (entry.filtered, entry.input_rows) == (300 - kept, 300)
+    assert sum(entry.splits[split].documents for split in SPLITS) == kept
+    assert f"{300 - kept} filtered out" in entry.sentence("docs")
+
+
+def test_filters_that_leave_nothing_are_named(corpus, tmp_path):
+    sources = source_of(corpus, filters={"text": {"equals": "no such text"}})
+    with pytest.raises(UserError, match=r"'docs' holds no document .*300 left out by its filters"):
+        prepared(corpus, tmp_path / "out", sources=sources)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"columns": ["body"]}, r"no column 'body'"),
+        ({"columns": ["label"]}, r"column 'label' holds int, not text"),
+        ({"columns": ["list"]}, r"column 'list' holds list, not text"),
+        ({"prompt": "{txt}", "completion": "label"}, r"no column 'txt' \(nearest: 'text'\)"),
+        ({"filters": {"lable": {"equals": 1}}}, r"no column 'lable' \(nearest: 'label'\)"),
+        ({"filters": {"text": {"at_least": 1}}}, r"column 'text' holds str, not a number"),
+        ({"filters": {"label": {"at_least": 2}}}, r"40 left out by its filters"),
+        ({"prompt": "{text}", "completion": "label", "labels": ["no"]}, r"'label' holds 1, but la"),
+    ],
+)
+def test_columns_that_do_not_fit_are_told(tmp_path, kind, settings, sentence):
+    path, root = tmp_path / f"a.{kind}", tmp_path / "out"
+    rows = [{"text": f"text {k}", "label": k % 2, "list": [k]} for k in range(40)]
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=sentence) as error:
+        prepared(path, root, sources=source_of(path, **settings))
+    assert str(path) in str(error.value) or "filters" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def reading_order(corpus: Path) -> list[int]:
+    """Tokens of each document, in the order in which units read them."""
+    job = job_of(corpus, corpus)
+    source = job.settings.sources["docs"]
+    found = [one for unit in job.units for part in unit.parts for one in source.read(part)]
+    return [len(TOKENIZER(one.text).input_ids) + 1 for one in found]
+
+
+@pytest.mark.parametrize("documents", [5, 50, 77, 299, 300, 1000])
+def test_a_limit_of_documents_is_kept_exactly(corpus, tmp_path, documents):
+    sources = source_of(corpus, max_documents=documents)
+    found = prepared(corpus, tmp_path / "out", sources=sources).sources["docs"]
+    sizes = reading_order(corpus)[:documents]
+    assert sum(found.splits[split].documents for split in SPLITS) == len(sizes)
+    assert sum(found.splits[split].tokens for split in SPLITS) == sum(sizes)
+    assert found.input_rows == len(sizes)
+    assert found.limited == (documents < 300)
+
+
+def test_a_limit_of_tokens_is_kept_exactly_in_whatever_order_units_are_done(corpus, tmp_path):
+    def backwards(job, units):
+        return in_process(job, units[::-1])
+
+    sizes = list(itertools.accumulate(reading_order(corpus)))
+    for limit in (sizes[120], sizes[200] - 1):
+        sources = source_of(corpus, max_tokens=limit)
+        first, second = tmp_path / f"{limit}", tmp_path / f"{limit} again"
+        found = prepared(corpus, first, sources=sources)
+        again = run_job(job_of(corpus, second, sources=sources), backwards)
+        assert again == found
+        shards = [s.name for c in found.sources["docs"].splits.values() for s in c.shards]
+        assert all((first / s).read_bytes() == (second / s).read_bytes() for s in shards)
+        counts = found.sources["docs"].splits.values()
+        assert sum(c.documents for c in counts) == sum(size <= limit for size in sizes)
+        assert sum(c.tokens for c in counts) == max(size for size in sizes if size <= limit)
+
+
+def test_an_interrupted_limit_ends_as_an_uninterrupted_one(corpus, tmp_path):
+    sources = source_of(corpus, max_documents=130)
+    whole, root = tmp_path / "whole", tmp_path / "root"
+    manifest = prepared(corpus, whole, sources=sources)
+
+    def dies(job, units):
+        yield from in_process(job, units[-1:])
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run_job(job_of(corpus, root, sources=sources), dies)
+    assert run_job(job_of(corpus, root, sources=sources), in_process) == manifest
+
+
+# ---------------------------------------------------------------------------------------- prompts
+
+
+def test_prompts_are_packed_before_what_is_learnt(tmp_path):
+    """Of a prompt that is too long the end is kept, and no completion is lost."""
+    folder, root = tmp_path / "corpus", tmp_path / "out"
+    folder.mkdir()
+    rows = [{"q": "word " * (k % 70), "label": k % 2} for k in range(120)]
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = source_of(folder, prompt="{q}?", completion=" {label}", labels=["no", "yes"])
+    manifest = prepared(folder, root, sources=sources, split={"probe": 0, "validation": 0})
+    shards = Shards(str(root), manifest)
+    found = shards.read("docs", "train", range(manifest.num_rows("docs")))
+    completions, prompts = [], []
+    for row, lengths, given in zip(*found, strict=True):
+        ends = itertools.accumulate(lengths, initial=0)
+        for (start, end), prompt in zip(itertools.pairwise(ends), given, strict=True):
+            prompts.append(TOKENIZER.decode(row[start : start + prompt]))
+            completions.append(TOKENIZER.decode(row[start + prompt : end]))
+    assert sorted(completions) == sorted([" no<|endoftext|>", " yes<|endoftext|>"] * 60)
+    assert all(prompt.endswith("?") for prompt in prompts)
+    whole = [f"{row['q']}?" for row in rows]
+    assert all(any(text.endswith(prompt) for text in whole) for prompt in prompts)
+    cut = sum(len(TOKENIZER(text).input_ids) + 5 > LENGTH for text in whole)
+    assert abs(manifest.sources["docs"].splits["train"].truncated - cut) < 5 < cut
+
+
+# ----------------------------------------------------------------------------- a source that goes
+
+
+def test_a_file_that_goes_after_planning_is_named(corpus, tmp_path):
+    job = job_of(corpus, tmp_path / "out")
+    (corpus / "3.jsonl").unlink()
+    with pytest.raises(UserError, match=r"corpus/3\.jsonl: no such file or folder") as error:
+        run_job(job, in_process)
+    assert "\n" not in str(error.value)
+
+
+def test_the_tokenizer_sees_prompts_and_keeps_to_the_limit(corpus):
+    few = {"prompt": "Say: ", "completion": "{text}", "max_documents": 20}
+    settings = job_of(corpus, corpus, sources=source_of(corpus, **few)).settings
+    texts = list(documents(settings)) + list(documents(settings, "probe"))
+    texts += documents(settings, "validation")
+    assert len(texts) == 20 and all(text.startswith("Say: document") for text in texts)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from command_line import SMALL_MODEL, SMALL_STAGES, Command, tree
+from hub_server import Hub
 
 pytestmark = pytest.mark.usefixtures("kept")
 
@@ -28,7 +29,7 @@ FRESH = "resume.fresh=true"
         (["model="], "model: nothing is chosen; there are: demo, "),
         (["stages.stage20.seed=3"], "this pipeline has no such stage (nearest: 'stage2')"),
         (["data=local"], "data.sources: no source of text is named; give data.sources.NAME.path="),
-        (["data.sources.code.type=locale"], "code.type: 'locale' is not one of local, embedded (n"),
+        (["data.sources.code.type=locale"], "code.type: 'locale' is not one of local, streaming"),
         (["export.gguf=[i3_s]"], "'i3_s' is not one of i2_s, tq1_0, tq2_0, f16, bf16, f32 (n"),
         (["pretrain"], "'pretrain': expected key=value or group=name (see --help)"),
         (["--dryrun"], "--dryrun: there is no such flag (nearest: '--dry-run')"),
@@ -124,6 +125,33 @@ def test_an_empty_source(command: Command, here: Path) -> None:
     assert "its 1 files are of other kinds" in command("pretrain", *LOCAL).sentence()
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["weight=-0.5"], "books.weight: input should be greater than or equal to 0"),
+        (["prompt='{text}'"], "books: prompt and completion go together"),
+        (["prompt={text}", "completion=text"], "prompt: YAML reads this as a mapping, not as"),
+        (["prompt={te", "completion=text"], "books.prompt: expected '}' before end of string"),
+        (["filters.text.min_lenght=3"], "text.min_lenght: there is no such setting (nearest: 'm"),
+        (["filters.text.at_least=many"], "text.at_least: input should be a valid number"),
+        (["filters.text.at_least=2", "filters.text.at_most=1"], "at_least (2.0) is above at_"),
+        (["max_tokens=0"], "books.max_tokens: input should be greater than or equal to 1"),
+        (["max_documets=3"], "max_documets: there is no such setting (nearest: 'max_documents')"),
+        (["path=hf://dataset/a/b"], "hf://dataset/a/b: expected hf://datasets/OWNER/NAME"),
+        (["path=hf://datasets/org/no"], "has no such dataset, or it is private"),
+        (["type=streaming", "path=org/no"], "hf://datasets/org/no: the Hub at http://127.0.0.1:"),
+    ],
+)  # fmt: skip
+def test_a_source_that_is_wrong(
+    command: Command, hub: Hub, here: Path, words: list[str], sentence: str
+) -> None:
+    """Said before Ray starts; the Hub here holds nothing."""
+    (here / "books").mkdir()
+    (here / "books" / "a.txt").write_text("text")
+    said = ["data=local", *(f"data.sources.books.{word}" for word in ("path=books", *words))]
+    assert sentence in command("pretrain", *said).sentence()
+
+
 @pytest.fixture
 def prepare_words(models: Path) -> list[str]:
     """Words of a run whose tokenizer is there, so that its data is what is looked at next."""
@@ -152,6 +180,15 @@ class TestUnreadable:
         (here / "books" / "bad.jsonl.gz").write_bytes(whole[: len(whole) // 2])
         told = command("prepare", *prepare_words).sentence()
         assert f"{here}/books/bad.jsonl.gz: cannot be read, it may be damaged" in told
+
+    def test_filters_that_leave_nothing(
+        self, command: Command, here: Path, prepare_words: list[str]
+    ) -> None:
+        (here / "books").mkdir()
+        (here / "books" / "a.jsonl").write_text('{"text": "one", "score": 1}\n' * 40)
+        told = command("prepare", *prepare_words, "data.sources.books.filters.score.at_least=2")
+        expected = "source 'books' holds no document (40 rows, 0 empty, 40 left out by its filters"
+        assert told.sentence().startswith(expected)
 
     def test_all_documents_held_out(
         self, command: Command, here: Path, prepare_words: list[str]

@@ -172,3 +172,22 @@ class TestWithRay:
         assert "row 1" not in shown, "there is only one"
         quiet = command("prepare", *words)
         assert "training sees" not in quiet.out and "prepare:" not in quiet.out
+
+    def test_a_prompt_is_shown_in_brackets_and_near_duplicates_in_a_table(
+        self, command: Command, here: Path, models: Path
+    ) -> None:
+        rows = [{"q": "What is it?", "a": "All the same."}, {"q": "What is it?", "a": "No"}]
+        (here / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        (here / "qa2.jsonl").write_text(json.dumps({"q": "What is it?", "a": "all the same!"}))
+        words = [*SMALL_MODEL, *SMALL_STAGES, f"model.tokenizer={models / 'dense'}", "data=local",
+                 "data.split.validation=0", "data.split.probe=0", "data.overlap.enabled=true",
+                 "data.overlap.ngram=2"]  # fmt: skip
+        for name in ("qa", "qa2"):
+            source = {"path": f"{name}.jsonl", "prompt": "'{q}'", "completion": "' {a}'"}
+            words += [f"data.sources.{name}.{key}={value}" for key, value in source.items()]
+        done = command("prepare", *words, "--preview", "1")
+        assert done.code == 0, done.err
+        assert "    ⟦What is it?⟧ All the same.<|endoftext|>" in done.out
+        table = [line.split() for line in done.out.splitlines()]
+        assert ["qa", "0.00%", "50.00%"] in table and ["qa2", "100.00%", "0.00%"] in table
+        assert "'What is it? all the same!'" in done.out

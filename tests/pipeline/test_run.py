@@ -168,7 +168,7 @@ def reference_losses(road: Road, folder: str, rows: int) -> dict[str, float]:
     no chunks."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     losses = {}
-    for domain, (ids, lengths) in held_out(road.shards, "validation", rows).items():
+    for domain, (ids, lengths, _) in held_out(road.shards, "validation", rows).items():
         total, count = 0.0, 0
         for row, documents in zip(torch.from_numpy(ids).long(), lengths, strict=True):
             for part in row[: sum(documents)].split(documents):
@@ -246,7 +246,7 @@ def test_over_many_rows_token_shares_are_the_weights(road: Road) -> None:
     tokens = {}
     for number, name in enumerate(plan.sources):
         count = road.shards.num_rows(name, "train")
-        _, lengths = road.shards.read(name, "train", np.arange(count))
+        lengths = road.shards.read(name, "train", np.arange(count)).lengths
         mine = order.row[order.source == number]
         tokens[name] = sum(sum(lengths[row]) for row in mine)
         for first in range(0, len(mine) - count, count):

@@ -102,8 +102,7 @@ class Run:
         if ticket == EMPTY:
             return empty_batch(3, LENGTH)
         found = self.mixture.plan.rows(ticket * 3, 3)
-        ids, lengths = read_rows(SHARDS, tuple(SOURCES), found)
-        return Batch.from_rows(ids, lengths, found.source.tolist())
+        return read_rows(SHARDS, tuple(SOURCES), found).batch(found.source.tolist())
 
     def train(self, until: int = STEPS) -> "Run":
         def stop(loop: Loop) -> None:
@@ -122,8 +121,7 @@ class Run:
 
 
 def rows(source: str, numbers: Any) -> Batch:
-    ids, lengths = SHARDS.read(source, "train", list(numbers))
-    return Batch.from_rows(ids, lengths, [0] * len(ids))
+    return SHARDS.read(source, "train", list(numbers)).batch()
 
 
 def groups(given: InfluenceSettings) -> Any:
