@@ -22,9 +22,11 @@ from bitray.pipeline.worker import Job, work
 from bitray.settings import UserError
 
 BUNDLE = 8
-"""Tickets that travel together to a worker."""
+"""Tickets that travel together to a worker, at most."""
 LEAD = 16
-"""Steps that a decision about the mixture leads by, at least."""
+"""Steps that a decision about the mixture leads by. Many workers get smaller bundles instead of
+earlier decisions, so that the rows after a decision do not depend on how many workers there are;
+only with more than LEAD / 2 workers to a ticket there is no such bundle."""
 CONTROLLER_FAILURES = 3
 """Tries to open the data and start the workers; Ray's default is to try for ever."""
 
@@ -40,7 +42,8 @@ def stage_mixture(config: Config, stage: str, manifest: Manifest) -> StageMixtur
     settings, scaling = config.stages[stage], config.scaling_of(stage)
     trained = [name for name, each in config.stages.items() if each.total_steps]
     before = trained[: trained.index(stage)]
-    least = least_lead(BUNDLE, scaling.num_workers, settings.gradient_accumulation_steps)
+    tickets, workers = settings.gradient_accumulation_steps, scaling.num_workers
+    bundle = min(BUNDLE, max(1, LEAD // 2 * tickets // workers))
     return StageMixture(
         seed=config.data.seed,
         manifest=manifest.identity(),
@@ -52,10 +55,10 @@ def stage_mixture(config: Config, stage: str, manifest: Manifest) -> StageMixtur
         weights=config.data.shares(),
         steps=settings.total_steps,
         rows_per_ticket=settings.batch_size,
-        tickets_per_step=settings.gradient_accumulation_steps,
-        bundle=BUNDLE,
-        max_workers=scaling.num_workers,
-        lead=max(LEAD, least),
+        tickets_per_step=tickets,
+        bundle=bundle,
+        max_workers=workers,
+        lead=max(LEAD, least_lead(bundle, workers, tickets)),
         after=before[-1] if before else None,
     )
 
