@@ -59,7 +59,7 @@ def stages(draw: st.DrawFn) -> StageMixture:
     return StageMixture(
         seed=draw(st.integers(0, 1)),
         manifest="m",
-        sizes={k: SourceSize(*each) for k, each in zip(names, zip(rows, tokens), strict=True)},
+        sizes={k: SourceSize(*n) for k, *n in zip(names, rows, tokens, strict=True)},
         weights=dict(zip(names, map(float, weights), strict=True)),
         length=16,
         steps=steps,
@@ -170,7 +170,7 @@ class ControlPlane(RuleBasedStateMachine):
         self.next_bundle += 1
         return True
 
-    @rule(count=st.integers(1, 40))
+    @rule(count=st.integers(1, 200))
     def read_ahead(self, count: int) -> None:
         for _ in range(count):
             if not self.hand_out(self.next_bundle):

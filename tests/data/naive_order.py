@@ -1,4 +1,4 @@
-"""The order of rows by walking it, row after row, with exact fractions: what plans are held against.
+"""The order of rows by walking it, row after row, in exact fractions, to hold plans against.
 
 Written from the rules alone (DATA: quotas of whole rows a block, carried over; a block begins with
 every new weighting and where a source runs out), with nothing evaluated pointwise and no NumPy.
