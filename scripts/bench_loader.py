@@ -28,6 +28,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch.utils.data import DataLoader
@@ -47,13 +48,17 @@ from bitray.data.stream import TicketConfig, TicketStream, ticket_dataset, worke
 from bitray.data.tokenizer import Encoder, backend_json, end_token_id, train_tokenizer
 from bitray.data.units import documents, in_process
 from bitray.models.batch import IGNORED, Batch
+from bitray.pipeline.fit import BUNDLE, LEAD
 from bitray.pipeline.report import Table
 from bitray.pipeline.run import run
 from bitray.pipeline.session import ray_session
 
-LENGTH = 512
+LENGTH = 1024
+"""Of Stage 2's preset."""
 ROWS = 8
-"""Of a micro-batch, on both sides."""
+"""Of a micro-batch; theirs has as many documents as make up the same number of tokens."""
+TICKETS = 4
+"""Micro-batches of a step."""
 DEPTHS = (10, 1_000, 1_000_000)
 
 
@@ -137,7 +142,9 @@ class Corpus:
             length=LENGTH,
             steps=steps,
             rows_per_ticket=ROWS,
-            tickets_per_step=1,
+            tickets_per_step=TICKETS,
+            bundle=min(BUNDLE, LEAD // 2 * TICKETS),
+            lead=LEAD,
         )
 
 
@@ -185,12 +192,16 @@ def padded(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 def theirs(
     sources: list[datasets.Dataset], shares: list[float], kind: str | None, workers: int
 ) -> Iterator[int]:
-    """Real tokens of batch after batch."""
+    """Real tokens of batch after batch. Shares are of tokens, as in ours; theirs, of documents."""
+    sizes = [np.mean(pc.list_value_length(each.data.column("input_ids"))) for each in sources]
+    wanted = np.array(shares) / sizes
+    probabilities = wanted / wanted.sum()
     mixed = datasets.interleave_datasets(
-        sources, probabilities=shares, seed=0, stopping_strategy="all_exhausted"
+        sources, probabilities=probabilities.tolist(), seed=0, stopping_strategy="all_exhausted"
     ).with_format(kind)
+    count = round(ROWS * LENGTH / float(probabilities @ sizes))
     kept = {"persistent_workers": True, "prefetch_factor": 8} if workers else {}
-    loader = DataLoader(mixed, ROWS, collate_fn=padded, num_workers=workers, **kept)
+    loader = DataLoader(mixed, count, collate_fn=padded, num_workers=workers, **kept)
     while True:
         for batch in loader:
             yield int(batch["attention_mask"].sum())
@@ -206,7 +217,7 @@ def real_tokens(batches: Iterator[tuple[int, Batch]]) -> Iterator[int]:
 
 def in_this_process(corpus: Corpus) -> Iterator[int]:
     plan = MixturePlan(0, corpus.sizes, [opening(corpus.sizes, corpus.data.shares())])
-    return real_tokens(PlanReader(plan, corpus.shards, ROWS).batches())
+    return real_tokens(PlanReader(plan, corpus.shards, ROWS, tickets_per_step=TICKETS).batches())
 
 
 class Streams:
@@ -221,7 +232,7 @@ class Streams:
         stream = TicketStream("bench", mixture, str(self.corpus.folder / "alone"), self.name)
         opened = ticket_dataset(stream, lambda: state_at(mixture, step))()
         (shard,) = TicketConfig().configure({"bench": opened}, 1)
-        batches = worker_batches(shard["bench"], mixture, 0, 1, step)
+        batches = worker_batches(shard["bench"], mixture, 0, 1, step * TICKETS)
         try:
             yield from real_tokens(batches)
         finally:
@@ -251,7 +262,7 @@ def speed(corpus: Corpus, streams: Streams, size: Size) -> Iterator[Figure]:
     }
     ours = {
         "ours, in one process": partial(in_this_process, corpus),
-        "ours, Ray Data stream": partial(streams.open, size.tickets * 2 + 100),
+        "ours, Ray Data stream": partial(streams.open, size.tickets // 2 + 100),
     }
     rates: dict[str, list[float]] = {name: [] for name in [*ways, *ours]}
     for _ in range(size.repeats):
@@ -286,7 +297,8 @@ def resuming(corpus: Corpus, streams: Streams) -> Iterator[Figure]:
             known_quotas.cache_clear()
             journal = [Entry.from_json(entry) for entry in state["journal"]]
             plan = MixturePlan(0, corpus.sizes, journal)
-            next(PlanReader(plan, corpus.shards, ROWS).batches(step))
+            reader = PlanReader(plan, corpus.shards, ROWS, tickets_per_step=TICKETS)
+            next(reader.batches(step * TICKETS))
 
         seconds = statistics.median(timed(first)[0] for _ in range(5))
         yield Figure(f"resume at step {step:,}, in one process, ms", f"{1000 * seconds:.1f}")

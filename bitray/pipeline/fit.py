@@ -21,7 +21,7 @@ from bitray.pipeline.material import RowKind
 from bitray.pipeline.worker import Job, work
 from bitray.settings import UserError
 
-BUNDLE = 8
+BUNDLE = 32
 """Tickets that travel together to a worker, at most."""
 LEAD = 16
 """Steps that a decision about the mixture leads by. Many workers get smaller bundles instead of
