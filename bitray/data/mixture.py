@@ -218,6 +218,7 @@ class Mixture:
             "generation": self.generation,
             "manifest": self.stage.manifest,
             "seed": self.stage.seed,
+            "lead": self.stage.lead,
             "journal": [e.to_json() for e in self.plan.journal if e.step <= step],
         }
 
@@ -241,11 +242,14 @@ class Mixture:
 
 def _check(stage: StageMixture, state: Mapping[str, Any]) -> None:
     """Refuse to go on with a state of other data."""
-    for name, now, what in (
+    checked = [
         ("manifest", stage.manifest, "the prepared data"),
         ("seed", stage.seed, "the seed of the data order"),
         ("rows_per_step", stage.rows_per_step, "the global batch in rows"),
-    ):
+    ]
+    if stage.period is not None:
+        checked.append(("lead", stage.lead, "the steps by which decisions lead"))
+    for name, now, what in checked:
         if state[name] != now:
             raise UserError(
                 f"resume: {what} was {state[name]} when the checkpoint was written and is {now} "

@@ -45,6 +45,11 @@ class Rows(NamedTuple):
     row: Int64[np.ndarray, " n"]
     """Number within the source."""
 
+    def cut(self, size: int) -> "list[Rows]":
+        """The same in pieces of so many rows."""
+        starts = range(0, len(self.row), size)
+        return [Rows(*(part[at : at + size] for part in self)) for at in starts]
+
 
 @dataclass(frozen=True)
 class Entry:

@@ -14,6 +14,9 @@ from bitray.data.plan import MixturePlan, Rows, SourceSize
 from bitray.data.tickets import EMPTY, Deal
 from bitray.models.batch import Batch, PackedRows
 
+AHEAD = 1024
+"""Rows that a reader plans at once, in whole steps: what a plan costs is by call."""
+
 
 @runtime_checkable
 class RowReader(Protocol):
@@ -69,14 +72,24 @@ class PlanReader:
         assert rest == 0, f"ticket {start_ticket} does not begin a step"
         rows_per_step = self.rows_per_ticket * self.deal.tickets_per_step
         while self.plan.end is None or (step + 1) * rows_per_step <= self.plan.end:
-            for ticket in self.deal.step(self.rank, step):
-                yield ticket, self._batch(ticket)
-            step += 1
+            last = step + max(1, AHEAD // rows_per_step)
+            if self.plan.end is not None:
+                last = min(last, self.plan.end // rows_per_step)
+            dealt = [self.deal.step(self.rank, each) for each in range(step, last)]
+            yield from self._planned([ticket for tickets in dealt for ticket in tickets])
+            step = last
 
-    def _batch(self, ticket: int) -> Batch:
-        if ticket == EMPTY:
-            return empty_batch(self.rows_per_ticket, self._length)
-        rows = self.plan.rows(ticket * self.rows_per_ticket, self.rows_per_ticket)
+    def _planned(self, tickets: list[int]) -> Iterator[tuple[int, Batch]]:
+        size = self.rows_per_ticket
+        firsts = [ticket * size for ticket in tickets if ticket != EMPTY]
+        rows = iter(self.plan.pick(firsts, size).cut(size) if firsts else ())
+        for ticket in tickets:
+            if ticket == EMPTY:
+                yield ticket, empty_batch(size, self._length)
+            else:
+                yield ticket, self._batch(next(rows))
+
+    def _batch(self, rows: Rows) -> Batch:
         return read_rows(self.shards, self.plan.sources, rows).batch(rows.source.tolist())
 
     @cached_property

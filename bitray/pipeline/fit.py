@@ -21,10 +21,12 @@ from bitray.pipeline.material import RowKind
 from bitray.pipeline.worker import Job, work
 from bitray.settings import UserError
 
-BUNDLE = 8
-"""Tickets that travel together to a worker."""
+BUNDLE = 32
+"""Tickets that travel together to a worker, at most."""
 LEAD = 16
-"""Steps that a decision about the mixture leads by, at least."""
+"""Steps that a decision about the mixture leads by. Many workers get smaller bundles instead of
+earlier decisions, so that the rows after a decision do not depend on how many workers there are;
+only with more than LEAD / 2 workers to a ticket there is no such bundle."""
 CONTROLLER_FAILURES = 3
 """Tries to open the data and start the workers; Ray's default is to try for ever."""
 
@@ -42,7 +44,8 @@ def stage_mixture(config: Config, stage: str, manifest: Manifest) -> StageMixtur
     before = trained[: trained.index(stage)]
     influence, interval = settings.influence, config.influence_interval(stage)
     bounds = (influence.min_weight, influence.max_weight)
-    least = least_lead(BUNDLE, scaling.num_workers, settings.gradient_accumulation_steps)
+    tickets, workers = settings.gradient_accumulation_steps, scaling.num_workers
+    bundle = min(BUNDLE, max(1, LEAD // 2 * tickets // workers))
     return StageMixture(
         seed=config.data.seed,
         manifest=manifest.identity(),
@@ -54,10 +57,10 @@ def stage_mixture(config: Config, stage: str, manifest: Manifest) -> StageMixtur
         weights=config.data.shares(),
         steps=settings.total_steps,
         rows_per_ticket=settings.batch_size,
-        tickets_per_step=settings.gradient_accumulation_steps,
-        bundle=BUNDLE,
-        max_workers=scaling.num_workers,
-        lead=max(LEAD, least),
+        tickets_per_step=tickets,
+        bundle=bundle,
+        max_workers=workers,
+        lead=max(LEAD, least_lead(bundle, workers, tickets)),
         period=interval,
         first_decision=influence.first(interval) if interval else None,
         bounds=bounds if interval else (0.0, 1.0),

@@ -1,7 +1,6 @@
 """The mixture actor: gates that wait, generations that fence, a journal that outlives it."""
 
 import asyncio
-import time
 from pathlib import Path
 from typing import Any
 
@@ -184,10 +183,6 @@ def test_a_killed_actor_comes_back_with_its_journal(tmp_path: Path) -> None:
     assert all((before[key] == after[key]).all() for key in before)
     with pytest.raises(UserError, match="step 17 is not a step of decision; the next is 20"):
         ray.get(actor.set_weights.remote("s", 17, None))
-    began = time.perf_counter()
-    for _ in range(100):
-        ray.get(actor.plan.remote("s", generation, tickets[:8]))
-    assert (time.perf_counter() - began) / 100 < 0.1  # about 1 ms on an idle machine
     assert np.unique(after["source"]).tolist() == [0, 1]
 
 

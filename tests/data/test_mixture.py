@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from control_plane import ControlPlane
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import run_state_machine_as_test
 
 from bitray.data.mixture import Mixture, StageMixture
 from bitray.data.plan import SourceSize
@@ -101,8 +101,11 @@ def test_a_decision_said_twice_is_one_and_another_is_refused() -> None:
 
 def test_bounds_hold_for_what_is_decided() -> None:
     mixture = opened(period=10, bounds=(0.05, 0.6))
-    shares = np.array(mixture.decide(10, {"a": 1.0}).weights) / 4096
+    every = dict.fromkeys(mixture.plan.sources, 0.0) | {"a": 1.0}
+    shares = np.array(mixture.decide(10, every).weights) / 4096
     assert shares.sum() == 1 and shares.min() >= 0.05 and shares.max() <= 0.6
+    two = mixture.decide(20, {"a": 1.0, "b": 0.0}).weights  # who is not named gets nothing
+    assert two == (2457, 1639, *[0] * (len(every) - 2))
 
 
 def test_decisions_after_the_checkpoint_are_dropped_and_taken_again() -> None:
@@ -148,12 +151,13 @@ def test_a_checkpoint_before_its_steps_decision_is_a_mistake_of_ours() -> None:
         ({"manifest": "other"}, "the prepared data was m"),
         ({"seed": 5}, "the seed of the data order was 0"),
         ({"rows_per_ticket": 3}, "the global batch in rows was 8"),
+        ({"lead": 5}, "the steps by which decisions lead was 4"),
     ],
 )
 def test_a_state_of_other_data_is_refused(changes: dict[str, Any], said: str) -> None:
-    state = through_json(opened().state(5))
+    state = through_json(opened(period=10).state(5))
     with pytest.raises(UserError, match=said):
-        Mixture.opened(stage(**changes), 2, state)
+        Mixture.opened(stage(period=10, **changes), 2, state)
 
 
 def test_the_micro_batch_may_change_on_resume() -> None:
@@ -168,87 +172,14 @@ def test_too_few_rows_for_the_stage_is_said_before_it_starts() -> None:
         opened(max_epochs=1, steps=200)
 
 
-class Training(RuleBasedStateMachine):
-    """Steps, decisions, checkpoints, crashes, other numbers of workers, lost holders."""
-
-    PERIOD = 5
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mixture = opened(period=self.PERIOD)
-        self.done = 0
-        self.saved: dict[str, Any] | None = None
-        self.saved_at = 0
-        self.workers = 1
-        self.trained: list[tuple[int, ...]] = []
-        """Per step, the rows of its global batch."""
-
-    @rule(count=st.integers(1, 12))
-    def train(self, count: int) -> None:
-        for _ in range(min(count, self.mixture.stage.steps - self.done)):
-            self.step()
-
-    def step(self) -> None:
-        size = self.mixture.stage.rows_per_step
-        deal = Deal(self.mixture.stage.tickets_per_step, self.workers)
-        rows: list[tuple[int, int, int, int]] = []
-        for rank in range(self.workers):
-            for ticket in deal.step(rank, self.done):
-                if ticket != EMPTY:
-                    assert (ticket + 1) * 2 <= self.mixture.decided, (
-                        "a worker would wait for itself"
-                    )
-                    found = self.mixture.plan.rows(ticket * 2, 2)
-                    rows += [
-                        (ticket, *row)
-                        for row in zip(*(part.tolist() for part in found), strict=True)
-                    ]
-        assert len(rows) == size
-        self.trained.append(tuple(sum((row[1:] for row in sorted(rows)), ())))
-        self.done += 1
-        if self.done == self.mixture.next_decision:
-            # What is decided is a function of what was trained, as influence is.
-            seen = np.array(self.trained[-1][::3]).sum()
-            weights = {"a": 1.0, "b": float(seen % 3), "c": 1.0} if seen % 2 else None
-            self.mixture.decide(self.done, weights)
-
-    @rule()
-    def checkpoint(self) -> None:
-        self.saved, self.saved_at = through_json(self.mixture.state(self.done)), self.done
-
-    @rule(workers=st.integers(1, 5))
-    def crash_and_resume(self, workers: int) -> None:
-        generation = self.mixture.generation + 1
-        self.mixture = Mixture.opened(
-            self.mixture.stage, generation, self.saved, earlier=self.mixture
-        )
-        self.done, self.workers = self.saved_at, workers
-        del self.trained[self.saved_at :]
-
-    @rule()
-    def lose_the_holder(self) -> None:
-        self.mixture = Mixture.from_json(through_json(self.mixture.to_json()))
-
-    @invariant()
-    def as_if_nothing_had_happened(self) -> None:
-        clean = reference()
-        assert self.trained == clean[: self.done]
-        assert [e.first_row for e in self.mixture.plan.journal] == sorted(
-            e.first_row for e in self.mixture.plan.journal
-        )
+RUNS = settings(stateful_step_count=30, suppress_health_check=list(HealthCheck))
 
 
-_clean: list[tuple[int, ...]] = []
+def test_the_control_plane_keeps_its_promises_in_hundreds_of_lives() -> None:
+    run_state_machine_as_test(ControlPlane, settings=settings(RUNS, max_examples=200))
 
 
-def reference() -> list[tuple[int, ...]]:
-    """The run without any fault, on one worker."""
-    if not _clean:
-        machine = Training()
-        machine.train(machine.mixture.stage.steps)
-        _clean[:] = machine.trained
-    return _clean
-
-
-TestTraining = Training.TestCase
-TestTraining.settings = settings(max_examples=15, stateful_step_count=30, deadline=None)
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_and_in_thousands() -> None:
+    run_state_machine_as_test(ControlPlane, settings=settings(RUNS, max_examples=5000))

@@ -1,9 +1,15 @@
 """Reading by the plan without Ray: the same rows for any number of workers and any micro-batch."""
 
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+from bitray.data.mixture import Mixture, StageMixture
 from bitray.data.plan import MixturePlan, opening
 from bitray.data.reader import PlanReader, SyntheticShards, empty_batch, read_rows
 from bitray.data.tickets import EMPTY
@@ -121,3 +127,59 @@ def test_an_empty_batch_has_no_token() -> None:
     batch = empty_batch(2, 8)
     assert (batch.labels == IGNORED).all() and not batch.real.any()
     assert batch.position_ids.tolist() == [list(range(8))] * 2
+
+
+class Counting:
+    """Rows that are counted as they are read."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+
+    def read(self, source: str, split: str, rows: Any) -> Any:
+        self.rows += len(rows)
+        return SHARDS.read(source, split, rows)
+
+
+def calls(work: Callable[[], Any]) -> int:
+    """Functions called, in Python and in C: work that no clock blurs."""
+    count = 0
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("max_epochs", [None, 10**9])
+def test_resuming_costs_the_same_at_step_ten_and_at_a_million(max_epochs: int | None) -> None:
+    """From a checkpoint's state to the first batch: as much work, and no row read but its own."""
+    stage = StageMixture(
+        seed=0, manifest="m", sizes=SHARDS.sizes, weights={"a": 0.2, "b": 0.5, "c": 0.3},
+        length=32, steps=2_000_000, rows_per_ticket=2, tickets_per_step=6, bundle=4,
+        max_epochs=max_epochs,
+    )  # fmt: skip
+
+    def resumed(step: int) -> int:
+        before, shards = Mixture.opened(stage, 1, None), Counting()
+        for number in range(4):
+            before.decide(step - 8 + 2 * number, {"a": 1.0, "b": 1.0 + number, "c": 1.0})
+        state = json.loads(json.dumps(before.state(step)))
+
+        def work() -> None:
+            plan = Mixture.opened(stage, 2, state).plan
+            reader = PlanReader(plan, shards, 2, tickets_per_step=6)
+            assert next(reader.batches(step * 6))[0] == step * 6
+
+        found = calls(work)
+        assert shards.rows == 2
+        return found
+
+    resumed(500_000)  # tables of each weighting, at most a line for each of 1024 blocks, are kept
+    near, far = resumed(10), resumed(1_000_000)
+    assert far < 1.2 * near, (near, far)

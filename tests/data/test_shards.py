@@ -1,6 +1,5 @@
 """Shards give back the rows that were written, in any order, and notice damage."""
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -115,14 +114,3 @@ def test_held_out_rows_are_spread_over_each_source(tmp_path):
     assert held_out(shards, "validation") == {}
     assert_equal(held_out(shards, "train")["s"], rows)
     assert_equal(held_out(shards, "train", max_rows=3)["s"], rows[::2])
-
-
-def test_a_row_takes_less_than_a_tenth_of_a_millisecond(tmp_path):
-    rows = some_rows(5000, 0)
-    shards = Shards(str(tmp_path), written(str(tmp_path), [rows]))
-    order = np.random.default_rng(0).permutation(5000).reshape(-1, 8)
-    shards.read("s", "train", order[0])
-    start = time.process_time()
-    for ticket in order:
-        shards.read("s", "train", ticket)
-    assert (time.process_time() - start) / 5000 < 1e-4

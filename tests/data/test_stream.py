@@ -20,7 +20,7 @@ import pytest
 
 from bitray import storage
 from bitray.data.manifest import Counts, Manifest, Shard, SourceManifest, write_manifest
-from bitray.data.mixture import StageMixture
+from bitray.data.mixture import Mixture, StageMixture
 from bitray.data.packing import Row
 from bitray.data.plan import Entry, MixturePlan
 from bitray.data.reader import PlanReader, SyntheticShards
@@ -261,3 +261,122 @@ def test_one_worker_without_gates_while_the_actor_is_lost(tmp_path: Path) -> Non
     opening, decision = journal(tmp_path, "one")
     assert opening.first_row == 0 and decision.step == 20
     assert decision.first_row >= (20 + mixture.lead) * 12  # and after all that is handed out
+
+
+# ------------------------------------------------------------------- another number of workers
+
+
+class Group:
+    """Workers without a trainer. The last one is a process, to be killed; a start takes seconds, so
+    the others are threads of this one."""
+
+    def __init__(self, stream: Any, state: dict[str, Any] | None, world_size: int) -> None:
+        import ray
+
+        from bitray.data.stream import TicketConfig, ticket_dataset, worker_batches
+
+        opened = ticket_dataset(stream, lambda: state)()
+        mixture = stream.mixture
+        self.deal = Deal(mixture.tickets_per_step, world_size)
+        self.step = opened.first_step
+        ticket = self.step * mixture.tickets_per_step
+        *shards, last = TicketConfig().configure({stream.name: opened}, world_size)
+        worker: Any = ray.remote(Worker).options(num_cpus=0.1, max_restarts=0)
+        rank = world_size - 1
+        self.process = worker.remote(last[stream.name], mixture, rank, world_size, ticket)
+        self.threads = [
+            worker_batches(shard[stream.name], mixture, rank, world_size, ticket)
+            for rank, shard in enumerate(shards)
+        ]
+
+    def train(self) -> dict[int, str]:
+        """The global batch of a step: ticket -> digest."""
+        import ray
+
+        count = self.deal.micro_batches
+        last = self.process.draw.remote(count)
+        drawn = [draw(thread, count) for thread in self.threads] + [ray.get(last, timeout=120)]
+        assert [[ticket for ticket, _ in each] for each in drawn] == [
+            self.deal.step(rank, self.step) for rank in range(self.deal.world_size)
+        ]
+        self.step += 1
+        return {ticket: found for each in drawn for ticket, found in each if ticket != EMPTY}
+
+    def kill(self) -> None:
+        """SIGKILL one worker; the others end with it."""
+        import ray
+
+        os.kill(ray.get(self.process.pid.remote()), signal.SIGKILL)
+        for thread in self.threads:
+            thread.close()
+
+
+class Worker:
+    """A worker as a process."""
+
+    def __init__(self, shard: Any, mixture: StageMixture, *place: int) -> None:
+        from bitray.data.stream import worker_batches
+
+        self.batches = worker_batches(shard, mixture, *place)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def draw(self, count: int) -> list[tuple[int, str]]:
+        return draw(self.batches, count)
+
+
+def draw(batches: Any, count: int) -> list[tuple[int, str]]:
+    return [(ticket, digest(batch)) for ticket, batch in itertools.islice(batches, count)]
+
+
+def decision(step: int) -> dict[str, float] | None:
+    """What is decided at a step, whoever trains."""
+    return None if step % 3 == 0 else {"a": 0.1 + 0.8 * (step % 5) / 5, "b": 0.5}
+
+
+def test_one_two_three_and_four_workers_take_turns_and_are_killed_in_between(
+    tmp_path: Path,
+) -> None:
+    """Every twelve steps a checkpoint; three steps later a kill, and one worker more goes on from
+    the checkpoint. Decisions are taken every four steps, lost ones again."""
+    import ray
+    from ray import cloudpickle
+
+    from bitray.data.actor import mixture_actor
+    from bitray.data.stream import TicketStream
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    manifest = prepared(tmp_path / "rows")
+    mixture = stage(
+        manifest, steps=48, period=4, tickets_per_step=3, bundle=2, max_workers=4, lead=6
+    )
+    name = f"mixture-{tmp_path.name}"
+    actor = mixture_actor(name, str(tmp_path / "mixture"))
+    stream = TicketStream("one", mixture, str(tmp_path / "rows"), name)
+    state, trained, again = None, {}, 0
+    for world_size in (1, 2, 3, 4):
+        group = Group(stream, state, world_size)
+        lost: dict[int, str] = {}
+        for step in range(group.step, min(group.step + 15, mixture.steps)):
+            batch = group.train()
+            assert sorted(batch) == list(range(3 * step, 3 * step + 3))
+            if (done := step + 1) % 4 == 0:
+                ray.get(actor.set_weights.remote("one", done, decision(done)))
+            if done <= 12 * world_size:
+                assert not trained.keys() & batch.keys(), "a ticket twice in one lineage"
+                trained |= batch
+            else:
+                lost |= batch
+            if done == 12 * world_size:
+                state = ray.get(actor.state.remote("one", done))
+                storage.write_json(str(tmp_path / "one.json"), state)
+        again += len(lost)
+        group.kill()
+        del group
+    assert again == 3 * 3 * 3
+    alone = Mixture.opened(mixture, 1, None)
+    for step in range(4, 49, 4):
+        alone.decide(step, decision(step))
+    assert journal(tmp_path, "one") == list(alone.plan.journal)
+    assert trained == expected(tmp_path, mixture, "one")

@@ -218,24 +218,27 @@ def test_the_jobs_find_the_checkpoint_of_a_run(road: Road, tmp_path: Path) -> No
 # ------------------------------------------------------------------------- order and world size
 
 
-def test_rows_are_those_of_the_plan_in_its_order(road: Road) -> None:
-    """Two workers, three tickets a step: tokens and shares of every step are those of the rows that
-    the plan puts there, and stages go on in the sources where the one before ended."""
-    plans = road.plans()
-    for stage, plan in plans.items():
-        settings = road.config.stages[stage]
-        total = 0
-        for step in range(settings.total_steps):
-            rows = plan.rows(step * settings.rows_per_step, settings.rows_per_step)
-            tokens = dict.fromkeys(plan.sources, 0)
-            for source, row in zip(rows.source, rows.row, strict=True):
-                name = plan.sources[source]
-                tokens[name] += sum(road.shards.read(name, "train", [int(row)])[1][0])
-            total += sum(tokens.values())
-            assert road.metrics(stage, "train/tokens")[step] == total
-            for name, count in tokens.items():
-                share = road.metrics(stage, f"mixture/share_{name}")[step]
-                assert share == pytest.approx(count / sum(tokens.values()), abs=1e-12)
+def check_rows(road: Road, stage: str) -> None:
+    """Tokens and shares of every step are those of the rows that the plan puts there."""
+    plan, settings = road.plans()[stage], road.config.stages[stage]
+    total = 0
+    for step in range(settings.total_steps):
+        rows = plan.rows(step * settings.rows_per_step, settings.rows_per_step)
+        tokens = dict.fromkeys(plan.sources, 0)
+        for source, row in zip(rows.source, rows.row, strict=True):
+            name = plan.sources[source]
+            tokens[name] += sum(road.shards.read(name, "train", [int(row)])[1][0])
+        total += sum(tokens.values())
+        assert road.metrics(stage, "train/tokens")[step] == total
+        for name, count in tokens.items():
+            share = road.metrics(stage, f"mixture/share_{name}")[step]
+            assert share == pytest.approx(count / sum(tokens.values()), abs=1e-12)
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_rows_are_those_of_the_plan_in_its_order(road: Road, stage: str) -> None:
+    """Two workers, three tickets a step; stages go on in the sources where the one before ended."""
+    check_rows(road, stage)
 
 
 def test_over_many_rows_token_shares_are_the_weights(road: Road) -> None:
@@ -444,6 +447,49 @@ def test_an_interrupted_run_is_continued_by_the_same_command(
         losses, expected = alone(stopped, stage)
         assert stopped.metrics(stage) == losses
         assert not differing(weights(stopped.final(stage)), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_same_command_with_other_workers_goes_on(
+    configured: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One, two, three, four workers in the same folder, asked to stop in between, one of the third
+    group killed: the rows are those of the plan and the losses those of one worker."""
+
+    def disturb(run: Road, size: int) -> None:
+        before = {path.parent for path in run.checkpoints("stage0").glob("step_*/COMPLETE")}
+        while not {p.parent for p in run.checkpoints("stage0").glob("step_*/COMPLETE")} - before:
+            time.sleep(0.01)
+        if size == 3:
+            workers()[-1].send_signal(signal.SIGKILL)
+            generation = run.json("mixture/stage0.json")["generation"]
+            while run.json("mixture/stage0.json")["generation"] == generation:
+                time.sleep(0.1)
+        (run.folder / "STOP").touch()
+
+    said = []
+    for size in (1, 2, 3, 4):
+        config = configured(
+            "elastic", f"scaling.num_workers={size}", "scaling.cpus_per_worker=0.25",
+            "stages.stage0.max_steps=120",
+        )  # fmt: skip
+        elastic = Road(config)
+        if size < 4:
+            threading.Thread(target=disturb, args=(elastic, size), daemon=True).start()
+        assert run(config).stopped == (size < 4)
+        said += re.findall(
+            r"stage0 +(?:begins|continues).* step (\d+)/120", capsys.readouterr().out
+        )
+    starts = [int(step) for step in said]
+    assert len(starts) == 5 and starts == sorted(starts) and starts[0] == 0 < starts[-1], starts
+    steps = [line["step"] for line in elastic.lines("stage0") if "train/loss" in line]
+    assert steps == list(range(1, 121))
+    check_rows(elastic, "stage0")
+    losses, _ = alone(elastic, "stage0")
+    np.testing.assert_allclose(elastic.metrics("stage0"), losses, rtol=1e-4)
+    np.testing.assert_allclose(elastic.metrics("stage0")[:20], losses[:20], rtol=1e-5)
 
 
 # -------------------------------------------------------------------- another run's checkpoint

@@ -1,6 +1,6 @@
 """The loop on two FSDP2 workers (gloo, no Ray) does what one worker does with the same batches."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ def held_out() -> dict[str, list[Batch]]:
 SHORT = {"max_steps": 8, "lambda_warmup": {"warmup_steps": 6}}
 
 
-def everything(folder: str) -> dict[str, Any]:
+def everything(folder: Path) -> dict[str, Any]:
     """What is compared, by name; run by two workers and by one."""
     found = {kind: trained(kind, settings(kind)) for kind in (DENSE, BLENDED, TERNARY)}
     found["short"] = trained(BLENDED, settings(**SHORT))
@@ -166,11 +166,37 @@ class Stop:
         run.stopped = True
 
 
-def _worker(rank: int, folder: Path) -> None:
+def link(folder: Path, kind: str, size: int) -> list[float]:
+    """Five of twenty steps, from where so many workers less one stopped: on one, two, three, four
+    workers in turn the whole."""
+    given = settings(kind)
+    run, kept = loop(kind, given)
+    if size > 1:
+        run.position, held = state.resume(
+            f"{folder}/{kind}_{size - 1}", run.model, run.optimizer, Resume()
+        )
+        assert held is not None
+        run.data_step = held["step"]
+    run.hooks = [Stop(5 * size)]  # type: ignore[list-item]
+    run.run(tickets(Deal(3, world()[1]), given.batch_size, run.data_step))
+    held = state.as_json(run.position, {"step": run.data_step})
+    state.save(f"{folder}/{kind}_{size}", run.model, run.optimizer, held, {})
+    return kept.losses
+
+
+def some(folder: Path, size: int) -> dict[str, list[float]]:
+    """Losses of a link of each chain, and of whole runs where `everything` has none."""
+    found = {f"{kind} link": link(folder, kind, size) for kind in (DENSE, BLENDED)}
+    for kind in (DENSE, BLENDED) if size > 2 else ():
+        found[kind] = trained(kind, settings(kind))["losses"]
+    return found
+
+
+def _worker(rank: int, folder: Path, size: int, work: Callable[..., Any], *more: Any) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), 2)
-    dist.init_process_group("gloo", rank=rank, world_size=2, store=store)
-    torch.save(everything(str(folder)), folder / f"{rank}.pt")
+    store = dist.FileStore(str(folder / f"store_{work.__name__}_{size}"), size)
+    dist.init_process_group("gloo", rank=rank, world_size=size, store=store)
+    torch.save(work(folder, *more), folder / f"{work.__name__}_{size}_{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -181,8 +207,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(folder: Path) -> dict[str, Any]:
-    mp.spawn(_worker, (folder,), nprocs=2)
-    ranks = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    mp.spawn(_worker, (folder, 2, everything), nprocs=2)
+    ranks = [torch.load(folder / f"everything_2_{rank}.pt", weights_only=True) for rank in range(2)]
     for name, found in ranks[1].items():
         assert found["held out"] == ranks[0][name]["held out"], "all workers know the same numbers"
     return ranks[0]
@@ -191,7 +217,33 @@ def two(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def one(two: dict[str, Any], folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
-    return everything(str(folder))
+    return everything(folder)
+
+
+@pytest.fixture(scope="module")
+def chain(folder: Path) -> dict[int, dict[str, list[float]]]:
+    """Number of workers -> losses, of workers who take turns."""
+    torch.set_num_threads(1)
+    found = {1: some(folder, 1)}
+    for size in (2, 3, 4):
+        mp.spawn(_worker, (folder, size, some, size), nprocs=size)
+        found[size] = torch.load(folder / f"some_{size}_0.pt", weights_only=True)
+    return found
+
+
+@pytest.mark.parametrize("kind", [DENSE, BLENDED])
+def test_one_two_three_and_four_workers_take_turns(kind: str, chain: Any, one: Any) -> None:
+    """Each group goes on from the checkpoint of a smaller one."""
+    losses = [loss for size in (1, 2, 3, 4) for loss in chain[size][f"{kind} link"]]
+    assert len(losses) == 20
+    np.testing.assert_allclose(losses, one[kind]["losses"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [3, 4])
+@pytest.mark.parametrize("kind", [DENSE, BLENDED])
+def test_more_workers_give_the_losses_of_one(kind: str, size: int, chain: Any, one: Any) -> None:
+    """Of four workers at three micro-batches a step one has nothing to do."""
+    np.testing.assert_allclose(chain[size][kind], one[kind]["losses"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [DENSE, BLENDED, TERNARY])
