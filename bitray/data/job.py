@@ -3,9 +3,7 @@
 No Ray and no tokenising in here; `units` does the work on one unit, `prepare` spreads it.
 """
 
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,8 +17,9 @@ from bitray.data.manifest import (
     SourceManifest,
     SplitName,
     digest,
-    write_manifest,
+    parts_of,
 )
+from bitray.data.permutation import WINDOW
 from bitray.data.settings import DataSettings
 from bitray.data.shards import group_rows
 from bitray.data.sources import Unit
@@ -33,9 +32,8 @@ if TYPE_CHECKING:
 
 SHOWN = 3
 """Places of bad rows in a message."""
-REPORT_SECONDS = 2.0
-
-
+BESIDE = {"weight", "licence", "max_epochs"}
+"""Settings of a source that do not change its rows."""
 TOKENIZER = "tokenizer.json"
 """Where, within the prepared folder, workers find the tokenizer."""
 
@@ -78,12 +76,17 @@ class Job:
             "unit_bytes": settings.unit_bytes,
             "sources": {
                 name: {
-                    "settings": source.model_dump(mode="json", exclude={"weight", "licence"}),
+                    "settings": source.model_dump(mode="json", exclude=BESIDE),
                     "inputs": [list(one) for one in self.inputs[name]],
                 }
                 for name, source in settings.sources.items()
             },
         }
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """What `identity` is the hash of, part by part, in short."""
+        return parts_of(self.made_from)
 
     @cached_property
     def identity(self) -> str:
@@ -115,6 +118,10 @@ class UnitResult(Settings):
     empty: int
     skipped: Skipped
     splits: dict[SplitName, Counts]
+
+
+Work = Callable[[Job, Sequence[Unit]], Iterator[UnitResult]]
+"""Does units, in any order."""
 
 
 def inputs_of(settings: DataSettings) -> dict[str, list[FileInfo]]:
@@ -175,45 +182,6 @@ def finished(job: Job) -> Iterator[UnitResult]:
             yield result
 
 
-def run_job(job: Job, work: Callable[[Job, Sequence[Unit]], Iterator[UnitResult]]) -> Manifest:
-    """Have `work` do the units that are missing, in any order, and write the manifest."""
-    storage.write_text(storage.join(job.root_uri, TOKENIZER), job.backend)
-    results: dict[str, list[UnitResult]] = {name: [] for name in job.settings.sources}
-    for kept in finished(job):
-        results[kept.source].append(kept)
-    have = {(result.source, result.number) for some in results.values() for result in some}
-    missing = [unit for unit in job.units if (unit.source, unit.number) not in have]
-    left = Counter(unit.source for unit in missing)
-    for result in _reported(work(job, missing), len(missing)):
-        results[result.source].append(result)
-        left[result.source] -= 1
-        if not left[result.source]:
-            summed(job, result.source, results[result.source])  # a hopeless one ends the job early
-    manifest = manifest_of(job, {name: summed(job, name, results[name]) for name in results})
-    write_manifest(job.root_uri, manifest)
-    for name, source in manifest.sources.items():
-        print(f"prepare: {source.sentence(name)}")
-    return manifest
-
-
-def _reported(results: Iterable[UnitResult], total: int) -> Iterator[UnitResult]:
-    """A line about the progress now and then."""
-    start = said = time.monotonic()
-    tokens = 0
-    for number, result in enumerate(results, start=1):
-        tokens += sum(counts.tokens for counts in result.splits.values())
-        now = time.monotonic()
-        if now - said > REPORT_SECONDS or number == total:
-            said, rate = now, tokens / (now - start)
-            left = (now - start) / number * (total - number)
-            print(
-                f"prepare: {number}/{total} units, {tokens:,} tokens, {rate:,.0f} tokens/s, "
-                f"{left:.0f} s left",
-                flush=True,
-            )
-        yield result
-
-
 def manifest_of(job: Job, sources: Mapping[str, SourceManifest]) -> Manifest:
     """The manifest of a job whose sources are all done."""
     return Manifest(
@@ -228,23 +196,34 @@ def manifest_of(job: Job, sources: Mapping[str, SourceManifest]) -> Manifest:
     )
 
 
-def summed(job: Job, name: str, results: Iterable[UnitResult]) -> SourceManifest:
-    """A source from the results of all its units.
+def summed(job: Job, name: str, results: Sequence[UnitResult], done: bool = True) -> SourceManifest:
+    """A source from the results of its units, all of them or those from the first on.
 
     `UserError` if too many of its rows were bad, or nothing is left to train on.
     """
-    splits = dict.fromkeys(SPLITS, Counts())
+    splits, opening = dict.fromkeys(SPLITS, Counts()), dict.fromkeys(SPLITS, Counts())
     rows, empty, skipped = 0, 0, Skipped()
-    for result in sorted(results, key=lambda r: r.number):
+    for result in results:
         rows, empty = rows + result.input_rows, empty + result.empty
         skipped = skipped.plus(result.skipped)
+        opened = splits["train"].rows >= WINDOW
         splits = {split: splits[split].plus(result.splits[split]) for split in SPLITS}
+        opening = opening if opened else splits
     source = job.settings.sources[name]
     found = SourceManifest(
-        licence=source.licence, input_rows=rows, empty=empty, skipped=skipped, splits=splits
+        licence=source.licence,
+        input_rows=rows,
+        empty=empty,
+        skipped=skipped,
+        splits=splits,
+        opening={
+            split: counts.model_copy(update={"shards": ()}) for split, counts in opening.items()
+        },
+        done=done,
     )
-    check_skipped(name, rows, skipped, job.settings.max_bad_rows)
-    _check_trainable(name, found)
+    if done:
+        check_skipped(name, rows, skipped, job.settings.max_bad_rows)
+        _check_trainable(name, found)
     return found
 
 
@@ -275,14 +254,9 @@ def check_same(job: Job, manifest: Manifest) -> None:
     """`UserError` naming what differs if a folder was prepared from something else."""
     if manifest.job == job.identity:
         return
-    now, then = job.made_from, manifest.made_from
-    other = [key for key in now if key != "sources" and now[key] != then.get(key)]
-    other += [
-        f"source '{name}'"
-        for name in {**then["sources"], **now["sources"]}
-        if now["sources"].get(name) != then["sources"].get(name)
-    ]
+    now, then = job.parts, parts_of(manifest.made_from)
+    other = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     raise UserError(
-        f"{job.root_uri} was prepared from something else ({', '.join(other) or 'source order'} "
+        f"{job.root_uri} was prepared from something else ({', '.join(other)} "
         "differs); choose another data.prepared_dir or delete it"
     )

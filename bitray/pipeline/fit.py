@@ -10,12 +10,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from bitray import checkpoint, storage
 from bitray.data.manifest import Manifest
-from bitray.data.mixture import StageMixture
-from bitray.data.plan import SourceSize
+from bitray.data.mixture import Mixture, StageMixture
 from bitray.data.stream import TicketConfig, TicketStream, ticket_dataset
 from bitray.data.tickets import least_lead
 from bitray.pipeline.config import Config, Scaling
-from bitray.pipeline.folders import resume_point
+from bitray.pipeline.folders import resume_point, skipped_by_name
 from bitray.pipeline.interrupt import in_thread
 from bitray.pipeline.material import RowKind
 from bitray.pipeline.worker import Job, work
@@ -40,24 +39,47 @@ def stage_mixture(config: Config, stage: str, manifest: Manifest) -> StageMixtur
     settings, scaling = config.stages[stage], config.scaling_of(stage)
     trained = [name for name, each in config.stages.items() if each.total_steps]
     before = trained[: trained.index(stage)]
+    weights, *phases = _phases(config, stage)
     least = least_lead(BUNDLE, scaling.num_workers, settings.gradient_accumulation_steps)
     return StageMixture(
         seed=config.data.seed,
         manifest=manifest.identity(),
-        sizes={
-            name: SourceSize(source.splits["train"].rows, source.splits["train"].tokens)
-            for name, source in manifest.sources.items()
-        },
+        sizes=manifest.sizes(),
+        parts=manifest.parts,
         length=manifest.length,
-        weights=config.data.shares(),
+        weights=weights[1],
+        phases=tuple(phases),
+        max_epochs=config.data.epochs() or None,
         steps=settings.total_steps,
         rows_per_ticket=settings.batch_size,
         tickets_per_step=settings.gradient_accumulation_steps,
         bundle=BUNDLE,
         max_workers=scaling.num_workers,
         lead=max(LEAD, least),
-        after=before[-1] if before else None,
+        after=before[-1] if before and before[-1] not in skipped_by_name(config) else None,
     )
+
+
+def _phases(config: Config, stage: str) -> list[tuple[int, dict[str, float]]]:
+    """First step and weights of every phase of a stage; those of no step are left out."""
+    settings = config.stages[stage]
+    if not settings.mixture_phases:
+        return [(0, config.data.shares())]
+    ends = [round(phase.until * settings.total_steps) for phase in settings.mixture_phases]
+    pairs = zip([0, *ends], ends, settings.mixture_phases, strict=False)
+    return [(first, phase.weights) for first, end, phase in pairs if end > first]
+
+
+def check_enough(flows: Mapping[str, TicketStream]) -> None:
+    """`UserError` if `max_epochs` leaves a stage too few rows, as far as can be known by now."""
+    opened: dict[str, Mixture] = {}
+    for name, flow in flows.items():
+        stage = flow.mixture
+        cursors = opened[stage.after].continued(stage) if stage.after in opened else None
+        try:
+            opened[name] = Mixture.opened(stage, 0, None, cursors)
+        except UserError as error:
+            raise UserError(f"stages.{name}: {error}") from None
 
 
 def streams(
@@ -79,6 +101,12 @@ def streams(
         for name, stage in config.stages.items()
         if stage.total_steps
     }
+
+
+def reserved_cpus(scaling: Scaling) -> float:
+    """What workers and readers take."""
+    workers = scaling.num_workers * scaling.cpus_per_worker
+    return workers + scaling.readers * scaling.cpus_per_reader
 
 
 def data_state(config: Config, stage: str) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from bitray import checkpoint, storage
 from bitray.data.manifest import digest, read_manifest
 from bitray.data.shards import Shards, held_out
-from bitray.data.stream import TicketStream, worker_batches
+from bitray.data.stream import DataEnded, TicketStream, worker_batches
 from bitray.inference.evaluation import evaluate
 from bitray.models.batch import Batch
 from bitray.models.convert import is_bitnet, to_bitnet
@@ -124,7 +124,11 @@ class Stage:
                 *world(),
                 loop.data_step * self.settings.gradient_accumulation_steps,
             )
-            loop.run(tickets)
+            try:
+                loop.run(tickets)
+            except DataEnded:  # preparing it has failed, or was stopped as this is
+                loop.stopped = True
+                self.on_save(loop)
             tickets.close()
         if not loop.stopped:
             self.finish(loop)
@@ -190,6 +194,7 @@ class Stage:
             hooks=[
                 Every(settings.eval_every, self.on_evaluate),
                 Every(settings.save_every, self.on_save),
+                Every(settings.log_every, self.on_log),
             ],
             sinks=self.sinks(found, position),
             stop_requested=_stop_flag(self.config.run_dir),
@@ -219,6 +224,13 @@ class Stage:
         return InProcessTeacher(model, self.autocast)
 
     # ----------------------------------------------------------------------------- side work
+
+    def on_log(self, loop: Loop) -> None:
+        """How often every source has been gone through."""
+        if world()[0] == 0:
+            actor: Any = ray.get_actor(self.job.streams[self.name].actor)
+            epochs = ray.get(actor.epochs.remote(self.name, loop.data_step))
+            loop.write({f"mixture/epoch_{name}": count for name, count in epochs.items()})
 
     def on_evaluate(self, loop: Loop) -> None:
         """Held-out losses on the way; a new best is kept. The end has its own evaluation."""

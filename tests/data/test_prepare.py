@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from bitray.data import DataSettings, train_tokenizer
-from bitray.data.job import plan_job, run_job
+from bitray.data.job import plan_job
+from bitray.data.preparation import run_job
 from bitray.data.prepare import prepare, prepared_identity
 from bitray.data.units import in_process
 from bitray.settings import UserError

@@ -1,5 +1,6 @@
 """Shards give back the rows that were written, in any order, and notice damage."""
 
+import hashlib
 import time
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def written(root: str, shards: list[list[Row]]) -> Manifest:
         data = writer.close()
         name = f"s/train-{number:06d}.arrow"
         storage.write_bytes(storage.join(root, name), data.to_pybytes())
-        found.append(Shard(name=name, rows=len(rows), size=data.size, sha256="0" * 64))
+        digest = hashlib.sha256(data).hexdigest()
+        found.append(Shard(name=name, rows=len(rows), size=data.size, sha256=digest))
     total = sum(map(len, shards))
     counts = Counts(documents=3 * total, tokens=9 * total, rows=total, shards=tuple(found))
     splits = {"train": counts, "probe": Counts(), "validation": Counts()}
