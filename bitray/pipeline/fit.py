@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from bitray import checkpoint, storage
 from bitray.data.manifest import Manifest
 from bitray.data.mixture import Mixture, StageMixture
+from bitray.data.plan import SourceSize
 from bitray.data.stream import TicketConfig, TicketStream, ticket_dataset
 from bitray.data.tickets import least_lead
 from bitray.pipeline.config import Config, Scaling
@@ -68,6 +70,17 @@ def _phases(config: Config, stage: str) -> list[tuple[int, dict[str, float]]]:
     ends = [round(phase.until * settings.total_steps) for phase in settings.mixture_phases]
     pairs = zip([0, *ends], ends, settings.mixture_phases, strict=False)
     return [(first, phase.weights) for first, end, phase in pairs if end > first]
+
+
+def grown(
+    flows: Mapping[str, TicketStream], sizes: Mapping[str, dict[str, SourceSize]]
+) -> dict[str, TicketStream]:
+    """The streams with what there is by now of the sources of each manifest."""
+    mixtures = {
+        name: replace(flow.mixture, sizes=sizes[flow.mixture.manifest])
+        for name, flow in flows.items()
+    }
+    return {name: replace(flows[name], mixture=mixture) for name, mixture in mixtures.items()}
 
 
 def check_enough(flows: Mapping[str, TicketStream]) -> None:

@@ -1,7 +1,8 @@
 """`run(config)`: the whole road, from text to an exported ternary model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import ray
 from ray.util.queue import Queue
@@ -10,10 +11,10 @@ from bitray import storage
 from bitray.data.actor import mixture_actor
 from bitray.data.job import inputs_of
 from bitray.data.manifest import Manifest, digest
-from bitray.pipeline.config import Config
+from bitray.pipeline.config import Config, Scaling
 from bitray.pipeline.console import console
 from bitray.pipeline.finish import Result, finish
-from bitray.pipeline.fit import check_enough, fit, groups, reserved_cpus, streams
+from bitray.pipeline.fit import check_enough, fit, groups, grown, reserved_cpus, streams
 from bitray.pipeline.folders import StageFolder, skipped_by_name
 from bitray.pipeline.identity import claim
 from bitray.pipeline.interrupt import stoppable
@@ -78,27 +79,41 @@ def train(config: Config, material: Material, fingerprint: str, lines: Queue) ->
     manifests = material.open()
     _check_held_out(manifests)
     name = f"bitray-mixture-{digest([config.run_dir, fingerprint])[:16]}"
-    flows = partial(streams, config, prepared=material.folders, actor=name)
-    check_enough(flows(manifests))
+    flows = streams(config, manifests, material.folders, name)
+    check_enough(flows)
     actor = mixture_actor(name, storage.join(config.run_dir, "mixture"))
-    flag = storage.join(config.run_dir, STOP)
+    jobs = [
+        (Job(config, stages, fingerprint, material.tokenizer, material.folders, flows, lines), how)
+        for how, stages in groups(config, pending)
+    ]
+    try:
+        return _train_beside(material, actor, jobs)
+    finally:
+        ray.kill(actor)  # else it lives as long as anything that refers to it
+
+
+def _train_beside(
+    material: Material, actor: Any, jobs: Sequence[tuple[Job, Scaling]]
+) -> str | None:
+    """Train while the rest is prepared; what stops the one stops the other."""
+    flag = storage.join(material.config.run_dir, STOP)
+    flows = jobs[0][0].streams
 
     def tell(known: Mapping[RowKind, Manifest]) -> None:
-        check_enough(flows(known))
         sizes = {manifest.identity(): manifest.sizes() for manifest in known.values()}
+        check_enough(grown(flows, sizes))
         ray.get(actor.prepared.remote(sizes))
 
     def stop() -> None:
         storage.write_text(flag, "the preparation has stopped\n")
         ray.get(actor.ended.remote())
 
-    tell(manifests)
-    reserved = max(reserved_cpus(config.scaling_of(stage)) for stage in pending)
+    tell(material.known)
+    reserved = max(reserved_cpus(how) for _, how in jobs)
     with prepared_beside(material, reserved, tell, stop, partial(storage.exists, flag)) as errors:
-        for scaling, stages in groups(config, pending):
-            shared = (material.tokenizer, material.folders, flows(manifests), lines)
-            stopped = fit(Job(config, stages, fingerprint, *shared), scaling)
-            if stopped and errors:
+        for job, scaling in jobs:
+            stopped = fit(job, scaling)
+            if errors:
                 storage.remove(flag)
                 raise errors[0]
             if stopped:
