@@ -6,8 +6,9 @@ Rows of eight tokens make a window of 65,536 rows small enough for a test.
 
 import json
 import random
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,14 @@ from road import Road
 from bitray import Config
 from bitray.data import prepare
 from bitray.data.job import Job, UnitResult
-from bitray.data.manifest import read_manifest
+from bitray.data.manifest import SPLITS, Counts, Manifest, SourceManifest, read_manifest
 from bitray.data.plan import MixturePlan, opening
 from bitray.data.shards import Shards
 from bitray.data.sources import Unit
+from bitray.pipeline.material import Material, RowKind, prepared_beside
 from bitray.pipeline.run import run
 from bitray.settings import UserError
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 STAGE, STEPS = "stage0", 6
 
 
@@ -85,6 +86,8 @@ def steps(config: Config) -> list[dict[str, Any]]:
     return [line for line in road.lines(STAGE) if "train/loss" in line]
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
 def test_training_begins_before_preparing_ends_and_survives_its_failure(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,3 +130,78 @@ def test_training_begins_before_preparing_ends_and_survives_its_failure(
     epochs = plan.cursors(STEPS * 16_384)[0] / sizes["numbers"].rows
     assert road.metrics(STAGE, "mixture/epoch_numbers")[-1] == pytest.approx(epochs)
     assert epochs > 1
+
+
+class Units(Material):
+    """Ten units, the third of which is bad if it is said to be; what is known is never all."""
+
+    def __init__(self, bad: bool = False) -> None:
+        self.bad, self.closed, self.done = bad, False, 0
+
+    @property
+    def known(self) -> dict[RowKind, Manifest]:
+        source = SourceManifest(splits=dict.fromkeys(SPLITS, Counts()), done=self.done == 10)
+        values = {"length": 8, "group_rows": 1, "tokenizer": "t", "vocab_size": 9}
+        rest = {"eos_token_id": 0, "made_from": {}, "sources": {"a": source}}
+        return {RowKind(8, True): Manifest(job="m", **values, **rest)}
+
+    def rest(self, reserved: float = 0.0) -> Generator[bool]:
+        try:
+            for self.done in range(1, 11):
+                if self.bad and self.done == 3:
+                    raise UserError("a.txt is gone")
+                yield self.done % 2 == 0
+        finally:
+            self.closed = True
+
+
+@pytest.mark.parametrize(
+    ("bad", "asked_at", "told", "stops"),
+    [(False, 99, 5, 0), (True, 99, 1, 1), (False, 4, 2, 1)],
+    ids=["whole", "bad", "asked to stop"],
+)
+def test_what_is_known_is_told_and_an_early_end_is_said(
+    bad: bool, asked_at: int, told: int, stops: int
+) -> None:
+    units, tells, stopped = Units(bad), [], []
+    over = threading.Event()
+
+    def tell(known: object) -> None:
+        tells.append(known)
+
+    def asked() -> bool:
+        if units.done in {10, asked_at}:
+            over.set()
+        return units.done == asked_at
+
+    with prepared_beside(units, 0.0, tell, lambda: stopped.append(1), asked) as errors:
+        if not bad:
+            assert over.wait(60)
+        patience = time.monotonic() + 60
+        while not units.closed or len(stopped) < stops:
+            assert time.monotonic() < patience
+            time.sleep(0.01)
+    assert [len(tells), len(stopped)] == [told, stops]
+    assert [str(error) for error in errors] == ["a.txt is gone"] * bad
+
+
+def test_when_training_ends_so_does_preparing(monkeypatch: pytest.MonkeyPatch) -> None:
+    units, stopped, go = Units(), [], threading.Event()
+
+    def tell(_: object) -> None:
+        go.wait(60)
+
+    monkeypatch.setattr(threading.Thread, "join", _setting(go, threading.Thread.join))
+    with prepared_beside(units, 0.0, tell, lambda: stopped.append(1), lambda: False):
+        pass
+    assert units.closed and units.done == 2 and not stopped
+
+
+def _setting(event: threading.Event, join: Callable[..., None]) -> Callable[..., None]:
+    """A `join` that sets an event first: by then the thread knows that it is over."""
+
+    def joined(thread: threading.Thread, timeout: float | None = None) -> None:
+        event.set()
+        join(thread, timeout)
+
+    return joined
