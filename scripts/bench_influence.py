@@ -112,7 +112,7 @@ class Corpus:
     @staticmethod
     def _texts(domain: Any, scale: int) -> list[str]:
         """Documents of a few hundred characters."""
-        whole = embedded.documents(domain, None, scale)
+        whole = embedded.documents(domain, scale)
         return [text[at : at + 600] for text in whole for at in range(0, len(text), 600)]
 
     def _tokens(self, texts: list[str]) -> Documents:
@@ -362,11 +362,11 @@ def question(corpus: Corpus, seed: int, given: argparse.Namespace) -> Verdict:
     at = made.run(uniform(sources), steps=given.warmup)
     scores = scores_at(made, sources, at)
     gains = up_weighting(made, sources, at, given.warmup // 5)
-    print(_table(sources, {"score": scores, "gain of up-weighting": gains}), flush=True)
+    print(_printed(sources, {"score": scores, "gain of up-weighting": gains}), flush=True)
     even = made.run(uniform(sources))
     remixed = made.run(uniform(sources), remix=True)
     over_time = {f"update {n}": list(w.values()) for n, w in enumerate(remixed.history, 1)}
-    print(_table(sources, over_time), flush=True)
+    print(_printed(sources, over_time), flush=True)
     static = best_static(made, sources)
     print("static mixtures:", {name: round(loss, 4) for name, loss in static.items()}, flush=True)
     tenth = remixed.history[:10][-1]
@@ -412,7 +412,7 @@ def settings(given: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _table(columns: Sequence[str], rows: Mapping[str, Sequence[float]]) -> str:
+def _printed(columns: Sequence[str], rows: Mapping[str, Sequence[float]]) -> str:
     width = max(map(len, rows))
     lines = [" " * width + "".join(f"{name[:10]:>11}" for name in columns)]
     for title, values in rows.items():

@@ -18,9 +18,10 @@ import torch
 from transformers import PreTrainedModel
 
 from bitray import Config
-from bitray.data.job import plan_job, run_job
+from bitray.data.job import plan_job
 from bitray.data.manifest import Manifest
-from bitray.data.plan import MixturePlan, SourceSize, opening
+from bitray.data.plan import MixturePlan, opening
+from bitray.data.preparation import run_job
 from bitray.data.reader import PlanReader
 from bitray.data.shards import Shards, held_out
 from bitray.data.tokenizer import train_tokenizer
@@ -54,10 +55,7 @@ class Corpus:
 
     def tickets(self, seed: int, stage: TrainingSettings, first_step: int = 0) -> Tickets:
         """Micro-batches from a step on."""
-        sizes = {
-            name: SourceSize(source.splits["train"].rows, source.splits["train"].tokens)
-            for name, source in self.manifest.sources.items()
-        }
+        sizes = self.manifest.sizes()
         plan = MixturePlan(seed, sizes, [opening(sizes, self.config.data.shares())])
         per_step = stage.gradient_accumulation_steps
         reader = PlanReader(plan, self.shards, stage.batch_size, tickets_per_step=per_step)

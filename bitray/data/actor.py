@@ -7,6 +7,7 @@ as the lost one would have.
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,13 @@ from ray.exceptions import RayActorError
 
 from bitray import storage
 from bitray.data.mixture import Fenced, Mixture, StageMixture
+from bitray.data.plan import SourceSize
 from bitray.settings import UserError, nearest
 
 PATIENCE_S = 30.0
 """How long one call waits for a decision; whoever still needs the answer asks again."""
+PREPARED = "prepared"
+"""File beside the stages' that says what may be planned of the data."""
 
 
 def mixture_actor(name: str, directory: str) -> Any:
@@ -50,7 +54,7 @@ class MixtureActor:
     """The mixtures of a run's stages, by name, kept at `directory/{stage}.json`.
 
     Streams ask it to `plan`; the training loop tells it decisions and asks it for the state of
-    checkpoints.
+    checkpoints; whoever prepares the data tells it how far that has come.
     """
 
     def __init__(self, directory: str) -> None:
@@ -58,7 +62,13 @@ class MixtureActor:
         self._mixtures: dict[str, Mixture] = {}
         self._awaiting: dict[str, tuple[StageMixture, int]] = {}
         """Stage and generation, where the cursors are those at the end of another stage."""
+        self._sizes: dict[str, dict[str, SourceSize]] = {}
+        """Of the sources of manifests that are being prepared, as far as they have come."""
+        self._ended = False
+        """Whether preparing has stopped, so that no more rows will come."""
         self._changed = asyncio.Condition()
+        if storage.exists(storage.join(self._directory, PREPARED)):
+            self._load_sizes()
         for info in storage.list_files(directory, (".json",)) if storage.exists(directory) else ():
             self._load(info.uri)
 
@@ -70,13 +80,20 @@ class MixtureActor:
     ) -> int:
         """Begin a generation of a stage's stream: from a checkpoint's state, else from its start.
 
-        Whoever belongs to an earlier generation is turned away from now on. After a stage that
-        was trained elsewhere, of which nothing is known here, rows begin at `stage.cursors`.
+        Whoever belongs to an earlier generation is turned away from now on. After a stage of which
+        nothing is known here, because it was trained elsewhere, rows begin at `stage.cursors`.
         """
         generation = self._generation(name) + 1
-        if state is None and stage.after in {*self._mixtures, *self._awaiting}:
+        stage = self._grown(stage)
+        known = {*self._mixtures, *self._awaiting}
+        if state is None and stage.after in known:
             self._awaiting[name] = (stage, generation)
             self._mixtures.pop(name, None)
+        elif state is None and stage.after is not None and not stage.cursors:
+            raise UserError(
+                f"'{name}' is to begin where '{stage.after}' ends, of which nothing is known at "
+                f"{self._directory}{nearest(stage.after, known)}"
+            )
         else:
             earlier = self._mixtures.get(name)
             self._mixtures[name] = Mixture.opened(stage, generation, state, earlier=earlier)
@@ -84,16 +101,45 @@ class MixtureActor:
         await self._changed_and_saved(name)
         return generation
 
+    async def prepared(self, sizes: Mapping[str, Mapping[str, SourceSize]]) -> None:
+        """What there is of the sources of every manifest, by its identity, from now on.
+
+        `UserError` if that is all of them and some stage needs more.
+        """
+        self._sizes = {manifest: dict(found) for manifest, found in sizes.items()}
+        self._ended = False
+        self._save_sizes()
+        for name, mixture in self._mixtures.items():
+            if mixture.stage.manifest in sizes:
+                mixture.grow(sizes[mixture.stage.manifest])
+                self._save(name)
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def ended(self) -> None:
+        """Preparing has stopped: who waits for more rows is told that there are none."""
+        self._ended = True
+        self._save_sizes()
+        async with self._changed:
+            self._changed.notify_all()
+
     async def plan(
-        self, name: str, generation: int, tickets: Sequence[int], timeout: float = PATIENCE_S
+        self,
+        name: str,
+        generation: int,
+        tickets: Sequence[int],
+        timeout: float = PATIENCE_S,
+        until: int | None = None,
     ) -> dict[str, np.ndarray] | None:
         """Source number, epoch and row of every row of these tickets, each `[tickets, rows]`.
 
-        None if after `timeout` seconds a decision is still missing. Raises `Fenced` for a
-        generation that has been replaced.
+        Waits until every step is settled that these tickets, or those before `until`, belong to;
+        None if after `timeout` seconds one is not. Where no more rows will come, tickets are left
+        out from a step on, which is the same for all that ask, and `end` is its first ticket.
+        Raises `Fenced` for a generation that has been replaced.
         """
         size = self._stage(name).rows_per_ticket
-        until = (max(tickets) + 1) * size
+        until = (max(tickets) + 1 if until is None else until) * size
         async with self._changed:
             settled = self._changed.wait_for(lambda: self._settled(name, generation, until))
             try:
@@ -103,8 +149,11 @@ class MixtureActor:
         mixture = self._mixtures[name]
         if mixture.reserve(until):
             self._save(name)
-        rows = mixture.plan.pick([ticket * size for ticket in tickets], size)
-        return {key: part.reshape(len(tickets), size) for key, part in rows._asdict().items()}
+        end = until if mixture.ready(until) else mixture.covered()
+        firsts = [ticket * size for ticket in tickets if (ticket + 1) * size <= end]
+        rows = mixture.plan.pick(firsts, size)
+        planned = {key: part.reshape(len(firsts), size) for key, part in rows._asdict().items()}
+        return planned if end >= until else planned | {"end": np.array(end // size)}
 
     async def set_weights(
         self,
@@ -116,7 +165,12 @@ class MixtureActor:
         """Record a decision taken when `step` steps are done (None: no change); its journal entry.
 
         It takes effect `lead` steps later; without gates, not before rows that are handed out.
+        Where sources may end, it waits until it is known whether they do so before.
         """
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._ended or self._mixture(name).decidable(step))
+        if not self._mixture(name).decidable(step):
+            raise UserError(f"{name}: no more rows are prepared after step {step}")
         entry = self._mixture(name).decide(step, weights, notes)
         await self._changed_and_saved(name)
         return entry.to_json()
@@ -124,6 +178,15 @@ class MixtureActor:
     async def journal(self, name: str) -> list[dict[str, Any]]:
         """All entries of a stage."""
         return [entry.to_json() for entry in self._mixture(name).plan.journal]
+
+    async def epochs(self, name: str, step: int) -> dict[str, float]:
+        """How often each source has been gone through after `step` steps, where that is known."""
+        mixture = self._mixture(name)
+        given = mixture.plan.cursors(step * mixture.stage.rows_per_step)
+        pairs = zip(mixture.plan.sizes.items(), given, strict=True)
+        return {
+            source: rows / size.rows for (source, size), rows in pairs if size.done and size.rows
+        }
 
     async def state(self, name: str, step: int) -> dict[str, Any]:
         """What a checkpoint of a stage after `step` steps holds; `open` takes it back."""
@@ -153,7 +216,9 @@ class MixtureActor:
         if generation != current:
             raise Fenced(f"{name}: generation {generation} has been replaced by {current}")
         mixture = self._resolved(name)
-        return mixture is not None and until <= mixture.decided
+        if mixture is None:
+            return False
+        return mixture.ready(until) or (self._ended and mixture.starved(until))
 
     def _resolved(self, name: str) -> Mixture | None:
         """The mixture of a stage, once it is known where the stage before it ends."""
@@ -162,7 +227,7 @@ class MixtureActor:
         stage, generation = self._awaiting[name]
         assert stage.after is not None
         before = self._resolved(stage.after)
-        if before is None or before.decided < before.stage.end:
+        if before is None or not before.ready(before.stage.end):
             return None
         # From here on nothing may move that end any more.
         before.reserve(before.stage.end)
@@ -191,7 +256,24 @@ class MixtureActor:
     def _load(self, uri: str) -> None:
         name = uri.rsplit("/", 1)[-1].removesuffix(".json")
         values = storage.read_json(uri)
+        stage = self._grown(StageMixture.from_json(values["stage"]))
         if values["journal"]:
-            self._mixtures[name] = Mixture.from_json(values)
+            self._mixtures[name] = Mixture.from_json(values | {"stage": stage.to_json()})
         else:
-            self._awaiting[name] = (StageMixture.from_json(values["stage"]), values["generation"])
+            self._awaiting[name] = (stage, values["generation"])
+
+    def _grown(self, stage: StageMixture) -> StageMixture:
+        """The stage with what is known of its sources by now."""
+        return replace(stage, sizes=self._sizes.get(stage.manifest, stage.sizes))
+
+    def _save_sizes(self) -> None:
+        values = {"sizes": self._sizes, "ended": self._ended}
+        storage.write_json(storage.join(self._directory, PREPARED), values)
+
+    def _load_sizes(self) -> None:
+        values = storage.read_json(storage.join(self._directory, PREPARED))
+        self._ended = values["ended"]
+        self._sizes = {
+            manifest: {name: SourceSize(*size) for name, size in sizes.items()}
+            for manifest, sizes in values["sizes"].items()
+        }

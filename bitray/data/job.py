@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from bitray import storage
-from bitray.data import limits
 from bitray.data.manifest import (
     SPLITS,
     Counts,
@@ -19,9 +18,9 @@ from bitray.data.manifest import (
     SourceManifest,
     SplitName,
     digest,
-    write_manifest,
+    parts_of,
 )
-from bitray.data.progress import reported
+from bitray.data.permutation import WINDOW
 from bitray.data.settings import DataSettings
 from bitray.data.shards import group_rows
 from bitray.data.sources import ASIDE, Unit
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
 
 SHOWN = 3
 """Places of bad rows in a message."""
-
-
 TOKENIZER = "tokenizer.json"
 """Where, within the prepared folder, workers find the tokenizer."""
 
@@ -85,6 +82,11 @@ class Job:
             },
         }
 
+    @property
+    def parts(self) -> dict[str, str]:
+        """What `identity` is the hash of, part by part, in short."""
+        return parts_of(self.made_from)
+
     @cached_property
     def identity(self) -> str:
         """Hash of `made_from` and of the order of the sources, which numbers them."""
@@ -102,10 +104,6 @@ class Job:
     def units(self) -> list[Unit]:
         """All units, source by source."""
         return [unit for units in self.units_of.values() for unit in units]
-
-    def wanted(self, source: str, done: Mapping[int, "UnitResult"]) -> list[Unit]:
-        """The units of a source that are to be done next; see `limits`."""
-        return limits.wanted(self.settings.sources[source], self.units_of[source], done)
 
     @property
     def task(self) -> Task:
@@ -136,6 +134,10 @@ class UnitResult(Settings):
     def tokens(self) -> int:
         """Of all splits."""
         return sum(counts.tokens for counts in self.splits.values())
+
+
+Work = Callable[[Job, Sequence[Unit]], Iterator[UnitResult]]
+"""Does units, in any order."""
 
 
 def inputs_of(settings: DataSettings) -> dict[str, list[FileInfo]]:
@@ -196,27 +198,6 @@ def finished(job: Job) -> Iterator[UnitResult]:
             yield result
 
 
-def run_job(job: Job, work: Callable[[Job, Sequence[Unit]], Iterator[UnitResult]]) -> Manifest:
-    """Have `work` do the units that are missing, in any order, and write the manifest."""
-    storage.write_text(storage.join(job.root_uri, TOKENIZER), job.backend)
-    results: dict[str, dict[int, UnitResult]] = {name: {} for name in job.settings.sources}
-    for kept in finished(job):
-        results[kept.source][kept.number] = kept
-    while units := [unit for name in results for unit in job.wanted(name, results[name])]:
-        left = Counter(unit.source for unit in units)
-        for result in reported(work(job, units), len(units)):
-            results[result.source][result.number] = result
-            left[result.source] -= 1
-            if not left[result.source] and not job.wanted(result.source, results[result.source]):
-                # a hopeless one ends the job early
-                summed(job, result.source, results[result.source])
-    manifest = manifest_of(job, {name: summed(job, name, results[name]) for name in results})
-    write_manifest(job.root_uri, manifest)
-    for name, source in manifest.sources.items():
-        print(f"prepare: {source.sentence(name)}")
-    return manifest
-
-
 def manifest_of(job: Job, sources: Mapping[str, SourceManifest]) -> Manifest:
     """The manifest of a job whose sources are all done."""
     return Manifest(
@@ -231,31 +212,36 @@ def manifest_of(job: Job, sources: Mapping[str, SourceManifest]) -> Manifest:
     )
 
 
-def summed(job: Job, name: str, results: Mapping[int, UnitResult]) -> SourceManifest:
-    """A source from the results of all its units, by number.
+def summed(job: Job, name: str, results: Sequence[UnitResult], done: bool = True) -> SourceManifest:
+    """A source from the results of its units, all that count or those from the first on.
 
     `UserError` if too many of its rows were bad, or nothing is left to train on.
     """
     source = job.settings.sources[name]
-    splits = dict.fromkeys(SPLITS, Counts())
-    counted, skipped, limited = Counter[str](), Skipped(), False
-    for number in limits.listed(source, job.units_of[name], results):
-        result = results[number]
+    splits, opening = dict.fromkeys(SPLITS, Counts()), dict.fromkeys(SPLITS, Counts())
+    counted, skipped = Counter[str](), Skipped()
+    for result in results:
         counted.update(rows=result.input_rows, empty=result.empty, filtered=result.filtered)
         skipped = skipped.plus(result.skipped)
-        limited = result.cut or number + 1 < len(job.units_of[name])
+        opened = splits["train"].rows >= WINDOW
         splits = {split: splits[split].plus(result.splits[split]) for split in SPLITS}
+        opening = opening if opened else splits
     found = SourceManifest(
         licence=source.licence,
         input_rows=counted["rows"],
         empty=counted["empty"],
         filtered=counted["filtered"],
-        limited=limited,
+        limited=done and (results[-1].cut or len(results) < len(job.units_of[name])),
         skipped=skipped,
         splits=splits,
+        opening={
+            split: counts.model_copy(update={"shards": ()}) for split, counts in opening.items()
+        },
+        done=done,
     )
-    check_skipped(name, found.input_rows, skipped, job.settings.max_bad_rows)
-    _check_trainable(name, found)
+    if done:
+        check_skipped(name, found.input_rows, skipped, job.settings.max_bad_rows)
+        _check_trainable(name, found)
     return found
 
 
@@ -286,14 +272,9 @@ def check_same(job: Job, manifest: Manifest) -> None:
     """`UserError` naming what differs if a folder was prepared from something else."""
     if manifest.job == job.identity:
         return
-    now, then = job.made_from, manifest.made_from
-    other = [key for key in now if key != "sources" and now[key] != then.get(key)]
-    other += [
-        f"source '{name}'"
-        for name in {**then["sources"], **now["sources"]}
-        if now["sources"].get(name) != then["sources"].get(name)
-    ]
+    now, then = job.parts, parts_of(manifest.made_from)
+    other = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     raise UserError(
-        f"{job.root_uri} was prepared from something else ({', '.join(other) or 'source order'} "
+        f"{job.root_uri} was prepared from something else ({', '.join(other)} "
         "differs); choose another data.prepared_dir or delete it"
     )

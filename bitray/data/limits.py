@@ -5,8 +5,8 @@ the source alone. It is found in rounds: each does about as many units as are st
 unit that turns out to hold the end was either done with just what was left, or is done again so.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from bitray.data.sources import SourceSettings, Unit
 
@@ -34,6 +34,9 @@ class Outcome(Protocol):
         ...
 
 
+Found = TypeVar("Found", bound=Outcome)
+
+
 class Left(NamedTuple):
     """What may still be taken of a source; None: as much as there is."""
 
@@ -58,40 +61,44 @@ class Left(NamedTuple):
         )
 
 
-def wanted(
-    source: SourceSettings, units: Sequence[Unit], done: Mapping[int, Outcome]
-) -> list[Unit]:
-    """The units of a source that are to be done next, given what has been; none at its end."""
-    left = Left(source.max_documents, source.max_tokens)
-    if left == Left(None, None):
-        return [unit for unit in units if unit.number not in done]
-    kept, left = _kept(left, units, done)
-    if len(kept) == len(units) or left.nothing or (kept and done[kept[-1]].cut):
-        return []
-    missing = [unit for unit in units[len(kept) :] if unit.number not in done]
-    if units[len(kept)].number in done:  # it holds the end, and was done with more than is left
-        missing = [units[len(kept)]]
-    some = missing[: _guess(left, missing, [done[number] for number in kept])]
-    return [unit._replace(documents=left.documents, tokens=left.tokens) for unit in some]
+class Taken(Generic[Found]):
+    """The units of one source that are done, from its first one on and within its limits."""
 
+    def __init__(self, source: SourceSettings, units: Sequence[Unit]) -> None:
+        self.units = units
+        self.results: list[Found] = []
+        self.done = not units
+        """Whether the source is at its end."""
+        self._limits = Left(source.max_documents, source.max_tokens)
+        self._left = self._limits
+        self._early: dict[int, Found] = {}
 
-def listed(source: SourceSettings, units: Sequence[Unit], done: Mapping[int, Outcome]) -> list[int]:
-    """Numbers of the units that make the source, once no more are wanted."""
-    return _kept(Left(source.max_documents, source.max_tokens), units, done)[0]
+    def add(self, number: int, result: Found) -> None:
+        """A unit is done; those before it may not be."""
+        self._early[number] = result
+        while not self.done:
+            found = self._early.get(len(self.results))
+            if found is None or not self._left.fits(found.documents, found.tokens):
+                return
+            del self._early[len(self.results)]
+            self.results.append(found)
+            self._left = self._left.less(found.documents, found.tokens)
+            whole = len(self.results) == len(self.units)
+            self.done = whole or found.cut or self._left.nothing
 
-
-def _kept(left: Left, units: Sequence[Unit], done: Mapping[int, Outcome]) -> tuple[list[int], Left]:
-    """The first units, as far as they are done and within the limits, and what is left after."""
-    kept: list[int] = []
-    for unit in units:
-        found = done.get(unit.number)
-        if found is None or left.nothing or not left.fits(found.documents, found.tokens):
-            break
-        kept.append(unit.number)
-        left = left.less(found.documents, found.tokens)
-        if found.cut:
-            break
-    return kept, left
+    def missing(self) -> list[Unit]:
+        """The units that are to be done next; none at the source's end."""
+        if self.done:
+            return []
+        rest = self.units[len(self.results) :]
+        missing = [unit for unit in rest if unit.number not in self._early]
+        if self._limits == Left(None, None):
+            return missing
+        if rest[0].number in self._early:  # it holds the end, and was done with more than is left
+            missing = [rest[0]]
+        some = missing[: _guess(self._left, missing, self.results)]
+        left = self._left
+        return [unit._replace(documents=left.documents, tokens=left.tokens) for unit in some]
 
 
 def _guess(left: Left, units: Sequence[Unit], before: Sequence[Outcome]) -> int:

@@ -1,15 +1,18 @@
 """The manifest of prepared data: what was read, what became of it, and where the rows lie.
 
 Layout of a prepared folder: `manifest.json`, and per source `{source}/{split}-{unit}.arrow` with
-`{source}/unit-{unit}.json`, the counts that also say that this unit is done.
+`{source}/unit-{unit}.json`, the counts that also say that this unit is done. While the rest is
+being prepared, the manifest speaks of the units that are done from the first of each source on.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from bitray import storage
+from bitray.data.permutation import WINDOW
+from bitray.data.plan import SourceSize
 from bitray.settings import Settings, UserError, nearest
 
 FORMAT = 2
@@ -23,6 +26,15 @@ def digest(value: Any) -> str:
     """sha256 of a JSON-able value, however its keys were ordered."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def parts_of(made_from: Mapping[str, Any]) -> dict[str, str]:
+    """Short hashes of what rows were made from, by name, to say what differs."""
+    whole = {name: value for name, value in made_from.items() if name != "sources"}
+    sources = made_from.get("sources", {})
+    named = whole | {f"source '{name}'": value for name, value in sources.items()}
+    named |= {"the order of sources": list(sources)}
+    return {name: digest(value)[:12] for name, value in named.items()}
 
 
 class Shard(Settings):
@@ -76,6 +88,21 @@ class SourceManifest(Settings):
     """Whether the source goes on after its `max_documents` or `max_tokens`."""
     skipped: Skipped = Skipped()
     splits: dict[SplitName, Counts]
+    opening: dict[SplitName, Counts] = {}
+    """Of the first units, those that hold a window of training rows, without their shards; all if
+    not given. What has to be the same however far preparing has come is taken from them."""
+    done: bool = True
+    """Whether that is all of it."""
+
+    def opened(self, split: SplitName) -> Counts:
+        """Counts of the opening, whose rows are the first ones."""
+        return self.opening.get(split, self.splits[split])
+
+    def size(self) -> SourceSize:
+        """What a plan may count on."""
+        rows, opened = self.splits["train"].rows, self.opened("train")
+        there = rows if self.done else rows // WINDOW * WINDOW
+        return SourceSize(there, opened.tokens, opened.rows, self.done)
 
     def sentence(self, name: str) -> str:
         """What became of it, for people."""
@@ -114,6 +141,20 @@ class Manifest(Settings):
         """Hash of what the rows were made from; equal hashes mean equal rows."""
         return self.job
 
+    @property
+    def parts(self) -> dict[str, str]:
+        """What the identity is the hash of, part by part, in short."""
+        return parts_of(self.made_from)
+
+    @property
+    def done(self) -> bool:
+        """Whether everything is prepared."""
+        return all(source.done for source in self.sources.values())
+
+    def sizes(self) -> dict[str, SourceSize]:
+        """What a plan may count on of every source, in their order."""
+        return {name: source.size() for name, source in self.sources.items()}
+
     def counts(self, source: str, split: SplitName) -> Counts:
         """Counts of one split; `UserError` with the nearest name for an unknown source."""
         if source not in self.sources:
@@ -137,12 +178,12 @@ class Manifest(Settings):
 
 
 def write_manifest(root_uri: str, manifest: Manifest) -> None:
-    """Write it last: a folder with a manifest is complete."""
+    """Write it after what it speaks of: a folder whose manifest is done is complete."""
     storage.write_json(storage.join(root_uri, NAME), manifest.model_dump(mode="json"))
 
 
 def read_manifest(root_uri: str) -> Manifest | None:
-    """The manifest of a prepared folder, or None if there is none yet."""
+    """The manifest of a folder, maybe of one that is still being prepared, or None."""
     uri = storage.join(root_uri, NAME)
     if not storage.exists(uri):
         return None

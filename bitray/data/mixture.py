@@ -2,20 +2,25 @@
 
 The control plane without Ray, clocks or files: `MixtureActor` adds those. Decisions are gated, not
 raced: one taken at step s takes effect at step s + lead, and rows beyond an undecided step are not
-planned. So the stream does not depend on timing.
+planned, nor are rows that are still being prepared. So the stream does not depend on timing.
 """
 
+import bisect
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
 
-from bitray.data.plan import Entry, MixturePlan, SourceSize, opening
+from bitray.data.plan import Entry, MaxEpochs, MixturePlan, SourceSize, opening
 from bitray.data.tickets import least_lead
 from bitray.settings import UserError
 
 RESERVED_STEPS = 64
 """Without gates, how far ahead of what was asked for the promise not to change anything goes."""
+
+
+PHASE = "phase"
+"""Note of the entries that begin a phase of a curriculum."""
 
 
 class Fenced(RuntimeError):
@@ -46,7 +51,11 @@ class StageMixture:
     first_decision: int | None = None
     """The first step of a decision; None: after one period. Step s is when s steps are done."""
     bounds: tuple[float, float] = (0.0, 1.0)
-    max_epochs: int | None = None
+    max_epochs: MaxEpochs = None
+    phases: tuple[tuple[int, dict[str, float]], ...] = ()
+    """Later phases of a curriculum: the step each begins with, in order, and its weights."""
+    parts: dict[str, str] = field(default_factory=dict)
+    """What `manifest` is the hash of, by name, in short: to say what differs on resume."""
     cursors: dict[str, int] = field(default_factory=dict)
     """Rows that the sources gave in earlier stages."""
     after: str | None = None
@@ -81,7 +90,19 @@ class StageMixture:
     def from_json(cls, values: Mapping[str, Any]) -> "StageMixture":
         """What `to_json` wrote."""
         sizes = {name: SourceSize(*size) for name, size in values["sizes"].items()}
-        return cls(**{**values, "sizes": sizes, "bounds": tuple(values["bounds"])})
+        phases = tuple((step, weights) for step, weights in values["phases"])
+        return cls(
+            **dict(values) | {"sizes": sizes, "bounds": tuple(values["bounds"]), "phases": phases}
+        )
+
+
+class _Phase(NamedTuple):
+    """A phase of a curriculum that is to be recorded."""
+
+    number: int
+    step: int
+    first_row: int
+    weights: dict[str, float]
 
 
 class Mixture:
@@ -92,12 +113,8 @@ class Mixture:
         self.generation = generation
         self.reserved = 0
         """Rows before this may have been handed out; without gates nothing changes before it."""
-        self.plan = MixturePlan(stage.seed, stage.sizes, journal, stage.max_epochs)
-        if self.plan.end is not None and self.plan.end < stage.end:
-            raise UserError(
-                f"max_epochs: {stage.max_epochs} epochs of the sources hold {self.plan.end} rows, "
-                f"and {stage.steps} steps of {stage.rows_per_step} rows need {stage.end}"
-            )
+        self.plan = _planned(stage, journal)
+        self._advance()
 
     @classmethod
     def opened(
@@ -133,7 +150,7 @@ class Mixture:
         """The step of the next decision that is awaited; None if none is."""
         if self.stage.period is None:
             return None
-        last = self.plan.journal[-1].step
+        last = self._last_decision.step
         first = self.stage.first_decision
         if last < 0 and first is not None:
             return first
@@ -141,11 +158,58 @@ class Mixture:
 
     @property
     def decided(self) -> int:
-        """Rows before this are settled and may be planned."""
+        """Rows before this are settled: no decision and no phase can move them any more."""
+        coming = self._coming_phase()
+        return self._gate if coming is None else min(self._gate, coming.first_row)
+
+    @property
+    def _gate(self) -> int:
+        """The first row that the next decision may move, or the end."""
         step = self.next_decision
-        if step is None:
-            return self.stage.end
-        return min(self.stage.end, (step + self.stage.lead) * self.stage.rows_per_step)
+        return self.stage.end if step is None else min(self.stage.end, self._effect(step))
+
+    def _effect(self, step: int) -> int:
+        """The first row that a decision of a step moves."""
+        row = (step + self.stage.lead) * self.stage.rows_per_step
+        if self.stage.period is None:
+            size = self.stage.rows_per_step
+            row = max(row, self._last_decision.first_row, -(-self.reserved // size) * size)
+        return row
+
+    def fixed(self, row: int) -> bool:
+        """Whether the cursors at this place are known: not where a source might end before it, of
+        which nobody knows so far where it ends."""
+        return self.stage.max_epochs is None or self.plan.covers(min(row, self.stage.end))
+
+    def decidable(self, step: int) -> bool:
+        """Whether enough is prepared to record a decision of this step."""
+        return self.fixed(self._effect(step))
+
+    def ready(self, until: int) -> bool:
+        """Whether the whole steps that rows before `until` belong to may be planned."""
+        row = self._whole_steps(until)
+        return row <= self.decided and self.plan.covers(row)
+
+    def starved(self, until: int) -> bool:
+        """Whether decided rows before `until` are not prepared."""
+        return not self.plan.covers(min(self._whole_steps(until), self.decided))
+
+    def covered(self) -> int:
+        """Rows of all the whole steps that are decided and prepared."""
+        size = self.stage.rows_per_step
+        steps = range(self.decided // size + 1)
+        lack = bisect.bisect_left(steps, True, key=lambda step: not self.plan.covers(step * size))
+        return max(0, lack - 1) * size
+
+    def _whole_steps(self, until: int) -> int:
+        size = self.stage.rows_per_step
+        return min(self.stage.end, -(-until // size) * size)
+
+    def grow(self, sizes: Mapping[str, SourceSize]) -> None:
+        """More rows are prepared. `UserError` if they are the last, and too few."""
+        stage = replace(self.stage, sizes=dict(sizes))
+        self.plan, self.stage = _planned(stage, self.plan.journal), stage
+        self._advance()
 
     def continued(self, stage: StageMixture) -> dict[str, int]:
         """Cursors for a stage that comes after this one; rows of other lengths start afresh."""
@@ -168,7 +232,7 @@ class Mixture:
     ) -> Entry:
         """Record a decision of a step, once: None changes nothing. Said twice, it is the same."""
         for entry in self.plan.journal:
-            if entry.step == step:
+            if entry.step == step and PHASE not in entry.notes:
                 return self._again(entry, weights)
         wanted = self.next_decision
         if wanted is not None and step != wanted:
@@ -176,30 +240,53 @@ class Mixture:
                 f"set_weights: step {step} is not a step of decision; the next is {wanted}, "
                 f"then every {self.stage.period}"
             )
-        last = self.plan.journal[-1]
-        if step < last.step:
-            raise UserError(f"set_weights: step {step} is before the last decision's, {last.step}")
-        size = self.stage.rows_per_step
-        row = (step + self.stage.lead) * size
-        if wanted is None:
-            row = max(row, last.first_row, -(-self.reserved // size) * size)
+        last = self._last_decision.step
+        if step < last:
+            raise UserError(f"set_weights: step {step} is before the last decision's, {last}")
+        row = self._effect(step)
+        assert self.fixed(row), f"step {step} is decided before its rows are known"
         # Notes as a file gives them back, so that entries compare equal after a restart.
         written = json.loads(json.dumps(notes or {}))
-        entry = self.plan.decide(step, row, weights, written, self.stage.bounds)
-        self.plan = self.plan.extended(entry)
+        # Without gates, phases may be in the journal that begin later; they are recorded again.
+        before = [e for e in self.plan.journal if e.first_row < row or PHASE not in e.notes]
+        plan = _planned(self.stage, before)
+        entry = plan.decide(step, row, weights, written, self.stage.bounds)
+        self.plan = plan.extended(entry)
+        self._advance()
         return entry
 
     def _again(self, entry: Entry, weights: Mapping[str, float] | None) -> Entry:
-        before = MixturePlan(
-            self.stage.seed,
-            self.stage.sizes,
-            [e for e in self.plan.journal if e.step < entry.step],
-            self.stage.max_epochs,
-        )
+        journal = self.plan.journal
+        before = _planned(self.stage, journal[: journal.index(entry)])
         same = before.decide(entry.step, entry.first_row, weights, entry.notes, self.stage.bounds)
         if same != entry:
             raise UserError(f"set_weights: step {entry.step} has already been decided differently")
         return entry
+
+    @property
+    def _last_decision(self) -> Entry:
+        """The opening if there has been none."""
+        return [entry for entry in self.plan.journal if PHASE not in entry.notes][-1]
+
+    def _coming_phase(self) -> "_Phase | None":
+        """The first phase that is not recorded."""
+        number = sum(PHASE in entry.notes for entry in self.plan.journal)
+        if number == len(self.stage.phases):
+            return None
+        step, weights = self.stage.phases[number]
+        row = max(step * self.stage.rows_per_step, self.plan.journal[-1].first_row)
+        return _Phase(number + 1, step, row, weights)
+
+    def _advance(self) -> None:
+        """Record the phases that no decision still to come can precede: as decisions of `lead`
+        steps before them, so that a checkpoint holds what goes before its last entry."""
+        while (phase := self._coming_phase()) is not None:
+            if phase.first_row >= self._gate or not self.fixed(phase.first_row):
+                return
+            decided = max(-1, phase.step - self.stage.lead)
+            notes = {PHASE: phase.number}
+            entry = self.plan.decide(decided, phase.first_row, phase.weights, notes)
+            self.plan = self.plan.extended(entry)
 
     # --------------------------------------------------------------------------------- state
 
@@ -210,6 +297,8 @@ class Mixture:
         """
         awaited = self.next_decision
         assert awaited is None or step < awaited, f"step {awaited} is not decided"
+        journal = self.plan.journal
+        held = max(number for number, entry in enumerate(journal) if entry.step <= step)
         return {
             "step": step,
             "next_ticket": step * self.stage.tickets_per_step,
@@ -217,9 +306,10 @@ class Mixture:
             "rows_per_step": self.stage.rows_per_step,
             "generation": self.generation,
             "manifest": self.stage.manifest,
+            "parts": self.stage.parts,
             "seed": self.stage.seed,
             "lead": self.stage.lead,
-            "journal": [e.to_json() for e in self.plan.journal if e.step <= step],
+            "journal": [entry.to_json() for entry in journal[: held + 1]],
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -240,8 +330,25 @@ class Mixture:
         return mixture
 
 
+def _planned(stage: StageMixture, journal: Sequence[Entry]) -> MixturePlan:
+    """The plan of a stage. `UserError` if its sources are known to end before it does."""
+    plan = MixturePlan(stage.seed, stage.sizes, journal, stage.max_epochs)
+    if plan.end is not None and plan.end < stage.end:
+        size = stage.rows_per_step
+        rows = sum(source.rows for source in stage.sizes.values())
+        enough = -(-(stage.end + sum(journal[0].cursors)) // rows)
+        raise UserError(
+            f"max_epochs: {stage.max_epochs} epochs of the sources hold {plan.end} rows, and "
+            f"{stage.steps} steps of {size} rows need {stage.end}; take at most "
+            f"{plan.end // size} steps, or allow max_epochs={enough}"
+        )
+    return plan
+
+
 def _check(stage: StageMixture, state: Mapping[str, Any]) -> None:
     """Refuse to go on with a state of other data."""
+    then, here = state.get("parts", {}), stage.parts
+    differing = [name for name in {**then, **here} if then.get(name) != here.get(name)]
     checked = [
         ("manifest", stage.manifest, "the prepared data"),
         ("seed", stage.seed, "the seed of the data order"),
@@ -251,7 +358,9 @@ def _check(stage: StageMixture, state: Mapping[str, Any]) -> None:
         checked.append(("lead", stage.lead, "the steps by which decisions lead"))
     for name, now, what in checked:
         if state[name] != now:
+            why = f" ({', '.join(differing)} differs)" if name == "manifest" and differing else ""
             raise UserError(
                 f"resume: {what} was {state[name]} when the checkpoint was written and is {now} "
-                "now; restore it, or start the data afresh with resume.load_data_state=false"
+                f"now{why}; restore it, or start the data afresh with "
+                "resume.load_data_state=false"
             )

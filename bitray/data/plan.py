@@ -27,14 +27,24 @@ PERIOD = 1024
 """Blocks after which the quotas repeat, because row shares are multiples of 1 / WHOLE."""
 WHOLE = BLOCK * PERIOD
 _NONE = Fraction(0)
+_ENDLESS = 1 << 62
+
+MaxEpochs = int | Mapping[str, int] | None
+"""Times that a source may be gone through: all sources, some by name, or no limit."""
 
 
 class SourceSize(NamedTuple):
     """What the plan has to know of a source."""
 
     rows: int
+    """That are there: all of them, or whole windows of a source that is still being prepared."""
     tokens: int
-    """Real tokens in all of its rows; weights are shares of these."""
+    """Real tokens in its first `sample` rows; weights are shares of tokens."""
+    sample: int | None = None
+    """None: all. Else the rows of its opening, so that the ratio does not depend on how far
+    preparing has come."""
+    done: bool = True
+    """Whether that is all; else where it ends is not known, and no plan depends on it."""
 
 
 class Rows(NamedTuple):
@@ -93,7 +103,8 @@ def opening(
 
 
 class MixturePlan:
-    """Places -> rows of sources. `max_epochs` None repeats sources for ever; 1 stops at their end.
+    """Places -> rows of sources. `max_epochs` None repeats sources for ever; 1 stops at their end,
+    and so for each source that is named where it is a mapping.
 
     An exhausted source leaves its weight to the others. `end` is the number of places in all, or
     None if there is no end.
@@ -104,7 +115,7 @@ class MixturePlan:
         seed: int,
         sizes: Mapping[str, SourceSize],
         journal: Sequence[Entry],
-        max_epochs: int | None = None,
+        max_epochs: MaxEpochs = None,
     ) -> None:
         assert journal and journal[0].first_row == 0, "a journal begins with its opening"
         self.seed = seed
@@ -114,6 +125,7 @@ class MixturePlan:
         self.max_epochs = max_epochs
         self._rows = np.array([size.rows for size in sizes.values()], np.int64)
         self._keys = np.array([key_of(seed, name) for name in sizes], np.int64)
+        self._caps = np.array([self._cap(name) for name in sizes], np.int64)
         self._segments, self.end = self._lay_out()
         self._starts = [segment.first_row for segment in self._segments]
 
@@ -127,13 +139,20 @@ class MixturePlan:
     def pick(self, firsts: Sequence[int], count: int) -> Rows:
         """The rows at `count` places from each of `firsts` on, one after the other."""
         pieces = [piece for first in firsts for piece in self._pieces(first, count)]
-        source, cursor = (np.concatenate(part) for part in zip(*pieces, strict=True))
+        nothing = np.empty(0, np.int64)
+        source = np.concatenate([nothing, *(sources for sources, _ in pieces)])
+        cursor = np.concatenate([nothing, *(cursors for _, cursors in pieces)])
         return Rows(source, *place(cursor, self._rows[source], self._keys[source]))
 
     def cursors(self, row: int) -> tuple[int, ...]:
         """How many rows each source has given before this place."""
         segment, _ = self._at(row)
         return tuple(segment.cursors(row - segment.first_row).tolist())
+
+    def covers(self, row: int) -> bool:
+        """Whether all rows before this place are there to be read."""
+        pairs = zip(self.sizes.values(), self.cursors(row), strict=True)
+        return all(size.done or given <= size.rows for size, given in pairs)
 
     def decide(
         self,
@@ -145,7 +164,7 @@ class MixturePlan:
     ) -> Entry:
         """The entry for a decision that takes effect at `first_row`; None changes nothing."""
         last = self.journal[-1]
-        assert first_row >= last.first_row and step > last.step, "decisions come in order"
+        assert first_row >= last.first_row, "decisions come in order"
         segment, _ = self._at(first_row)
         offset = first_row - segment.first_row
         shares = last.weights
@@ -201,28 +220,30 @@ class MixturePlan:
                 start = self._exhaustion(segments[-1], start, limit)
         return segments, None
 
-    def _caps(self) -> Int64[np.ndarray, " k"]:
-        assert self.max_epochs is not None
-        return self._rows * self.max_epochs
+    def _cap(self, name: str) -> int:
+        """Rows that a source can ever give, as far as that is known."""
+        limits, size = self.max_epochs, self.sizes[name]
+        most = limits.get(name) if isinstance(limits, Mapping) else limits
+        return size.rows * most if most and size.done else _ENDLESS
 
     def _shares(self, entry: Entry) -> tuple[int, ...]:
         """Row shares in multiples of 1 / WHOLE, from token shares, without exhausted sources."""
-        given = np.array(entry.cursors, np.int64)
-        open_ = np.ones(len(given), bool) if self.max_epochs is None else given < self._caps()
+        open_ = np.array(entry.cursors, np.int64) < self._caps
         demand = []
         for weight, (name, size), left in zip(
             entry.weights, self.sizes.items(), open_, strict=True
         ):
             if weight and not size.tokens:
                 raise UserError(f"weights.{name}: this source has no rows; give it weight 0")
-            demand.append(Fraction(weight * size.rows, size.tokens) if left and weight else _NONE)
+            rows = size.rows if size.sample is None else size.sample
+            demand.append(Fraction(weight * rows, size.tokens) if left and weight else _NONE)
         return apportion(demand, WHOLE) if any(demand) else (0,) * len(demand)
 
     def _exhaustion(self, segment: "_Segment", start: Entry, limit: int | None) -> Entry | None:
         """The place before `limit` at which a source of this segment first has no row left."""
-        if self.max_epochs is None:
+        if (self._caps[segment.used] == _ENDLESS).all():
             return None
-        offset = segment.first_lack(self._caps() - np.array(start.cursors, np.int64))
+        offset = segment.first_lack(self._caps - np.array(start.cursors, np.int64))
         row = segment.first_row + offset
         if limit is not None and row >= limit:
             return None
@@ -239,6 +260,7 @@ class _Segment:
         self._key = key_of(seed, start.version)
         self._given = np.array(start.cursors, np.int64)
         self._shares = np.array(shares, np.int64)
+        self.used = np.flatnonzero(self._shares)
         self._owed = np.where(self._shares > 0, np.array(start.remainders, np.int64), 0)
         self._settling = self._settle() if self._owed.any() else None
         self._quotas = _quotas(shares)
@@ -267,7 +289,7 @@ class _Segment:
 
     def first_lack(self, room: Int64[np.ndarray, " k"]) -> int:
         """The first offset whose source has given all the rows that it has room for."""
-        used = np.flatnonzero(self._shares)
+        used = self.used
         # Within 2 rows of the share at every block, so this block is past some source's end.
         slack = 3 + int(np.abs(self._owed).max()) // WHOLE
         most = min(int(room[k] + slack) * PERIOD // int(self._shares[k]) for k in used) + 2

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 import ray
 import ray.data
 
-from bitray.data.job import Job, UnitResult, check_same, plan_job, run_job
-from bitray.data.manifest import Manifest, read_manifest
+from bitray.data.job import Job, UnitResult, plan_job
+from bitray.data.manifest import Manifest
+from bitray.data.preparation import run_job
 from bitray.data.settings import DataSettings
 from bitray.data.sources import Unit
 from bitray.data.units import UnitWorker, unpacked
@@ -23,12 +24,7 @@ def prepare(settings: DataSettings, tokenizer_path: str, length: int, root_uri: 
     `UserError` for inputs that are missing, unreadable, mostly bad or empty, and for a folder that
     was prepared from something else.
     """
-    job = plan_job(settings, load_tokenizer(tokenizer_path), length, root_uri)
-    existing = read_manifest(root_uri)
-    if existing is not None:
-        check_same(job, existing)
-        return existing
-    return run_job(job, _on_ray)
+    return run_job(plan_job(settings, load_tokenizer(tokenizer_path), length, root_uri), on_ray)
 
 
 def prepared_identity(settings: DataSettings, tokenizer_path: str, length: int) -> str:
@@ -36,11 +32,13 @@ def prepared_identity(settings: DataSettings, tokenizer_path: str, length: int) 
     return plan_job(settings, load_tokenizer(tokenizer_path), length, "").identity
 
 
-def _on_ray(job: Job, units: Sequence[Unit]) -> Iterator[UnitResult]:
-    """Results of units as they are done."""
+def on_ray(job: Job, units: Sequence[Unit], reserved: float = 0.0) -> Iterator[UnitResult]:
+    """Results of units as they are done, on all CPUs but the `reserved` ones; if those leave less
+    than one, on what is left of it."""
     if not units:
         return
-    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    spare = max(0.0, ray.cluster_resources().get("CPU", 1.0) - reserved)
+    cpus = max(1, int(spare))
     workers = min(len(units), cpus)
     rows = [{"unit": unit.dump()} for unit in units]
     items = ray.data.from_items(rows, override_num_blocks=len(rows))
@@ -49,6 +47,6 @@ def _on_ray(job: Job, units: Sequence[Unit]) -> Iterator[UnitResult]:
         UnitWorker,  # type: ignore[arg-type]  # Ray takes a class for an actor
         fn_constructor_args=(job.task, max(1, cpus // workers)),
         compute=ray.data.ActorPoolStrategy(size=workers),
-        num_cpus=1,
+        num_cpus=min(1.0, spare),
     )
     yield from unpacked(results.iter_rows())

@@ -39,6 +39,15 @@ class OverlapSettings(Settings):
     """Pairs to show, of each kind."""
 
 
+class MixturePhase(Settings):
+    """A part of a stage with weights of its own."""
+
+    until: float = Field(gt=0, le=1)
+    """Share of the stage's steps at which it ends."""
+    weights: dict[str, float]
+    """Token shares by source, relative to each other; a source that is not named gets none."""
+
+
 class DataSettings(Settings):
     """What to train on."""
 
@@ -47,6 +56,9 @@ class DataSettings(Settings):
     split: HeldOut = HeldOut()
     seed: int = 0
     """Of the order of rows; what is held out does not depend on it."""
+    max_epochs: int | None = Field(None, ge=1)
+    """Times that a source may be gone through; then its weight moves to the others. None: no limit;
+    a source may have its own."""
     open_bins: int = Field(32, ge=0, le=4096)
     """Rows that packing keeps open; 0: one document a row (see `training.packing.enabled`)."""
     max_bad_rows: float = Field(0.001, ge=0, le=1)
@@ -76,6 +88,13 @@ class DataSettings(Settings):
         if not sum(source.weight for source in self.sources.values()) > 0:
             raise ValueError("the weights of all sources are 0, so there is nothing to train on")
         return self
+
+    def epochs(self) -> dict[str, int]:
+        """Times that the sources which have a limit may be gone through."""
+        limits = {
+            name: source.max_epochs or self.max_epochs for name, source in self.sources.items()
+        }
+        return {name: limit for name, limit in limits.items() if limit}
 
     def shares(self) -> dict[str, float]:
         """Token shares, summing to 1: the weights relative to each other."""

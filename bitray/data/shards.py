@@ -18,7 +18,7 @@ import pyarrow as pa
 from jaxtyping import Int
 
 from bitray import storage
-from bitray.data.manifest import Manifest, Shard, SplitName, digest
+from bitray.data.manifest import Manifest, Shard, SplitName, digest, read_manifest
 from bitray.data.packing import Row
 from bitray.models.batch import PackedRows
 from bitray.settings import UserError
@@ -99,20 +99,29 @@ class Shards:
         cache_bytes: int = 8 << 30,
     ) -> None:
         self.root_uri = root_uri
-        self.manifest = manifest
         self._shards: dict[tuple[str, str], tuple[Shard, ...]] = {}
         self._starts: dict[tuple[str, str], np.ndarray] = {}
-        for source, entry in manifest.sources.items():
-            for split, counts in entry.splits.items():
-                self._shards[source, split] = counts.shards
-                ends = np.cumsum([0, *(shard.rows for shard in counts.shards)])
-                self._starts[source, split] = ends
+        self._open(manifest)
         self._files: dict[str, pa.ipc.RecordBatchFileReader] = {}
         self._groups: OrderedDict[tuple[str, int], _Group] = OrderedDict()
         self._remote = storage.is_remote(root_uri)
         self._cache = Path(cache_dir or _cache_dir()) / digest([root_uri, manifest.identity()])[:16]
         group_bytes = 4 * manifest.group_rows * manifest.length
         self._most_groups = max(2, cache_bytes // group_bytes) if self._remote else 1 << 16
+
+    def _reopen(self) -> None:
+        """More may have been prepared in the meantime."""
+        found = read_manifest(self.root_uri)
+        assert found is not None and found.identity() == self.manifest.identity()
+        self._open(found)
+
+    def _open(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        for source, entry in manifest.sources.items():
+            for split, counts in entry.splits.items():
+                self._shards[source, split] = counts.shards
+                ends = np.cumsum([0, *(shard.rows for shard in counts.shards)])
+                self._starts[source, split] = ends
 
     def num_rows(self, source: str, split: SplitName = "train") -> int:
         """Rows of a source's split."""
@@ -122,8 +131,14 @@ class Shards:
         self, source: str, split: SplitName, rows: Int[np.ndarray, " n"] | Sequence[int]
     ) -> PackedRows:
         """The rows with these global numbers, in this order."""
-        starts = self._starts[source, split]
         wanted = np.asarray(rows, dtype=np.int64)
+        if (
+            wanted.size
+            and wanted.max() >= self._starts[source, split][-1]
+            and not self.manifest.done
+        ):
+            self._reopen()
+        starts = self._starts[source, split]
         if wanted.size and (wanted.min() < 0 or wanted.max() >= starts[-1]):
             raise IndexError(f"{source}/{split} has {starts[-1]} rows; asked for {wanted.max()}")
         files = np.searchsorted(starts, wanted, side="right") - 1
@@ -131,7 +146,7 @@ class Shards:
         lengths, prompts = [], []
         for k, (file, row) in enumerate(zip(files, wanted - starts[files], strict=True)):
             group, at = divmod(int(row), self.manifest.group_rows)
-            found = self._group(self._shards[source, split][file].name, group)
+            found = self._group(self._shards[source, split][file], group)
             ids[k] = found.input_ids[at]
             documents = slice(found.offsets[at], found.offsets[at + 1])
             lengths.append(found.lengths[documents].tolist())
@@ -141,19 +156,25 @@ class Shards:
     def verify(self, source: str, split: SplitName) -> None:
         """Hash the shards of a split against the manifest; `UserError` naming the first bad one."""
         for shard in self._shards[source, split]:
+            self._verify(shard)
+
+    def _verify(self, shard: Shard) -> None:
+        try:
             with storage.open_input(storage.join(self.root_uri, shard.name)) as data:
                 found = hashlib.file_digest(data, "sha256").hexdigest()
-            if found != shard.sha256:
-                raise self._damaged(shard.name, "its sha256 is not the manifest's")
+        except UserError as error:
+            raise self._damaged(shard.name, str(error)) from None
+        if found != shard.sha256:
+            raise self._damaged(shard.name, "its sha256 is not the manifest's")
 
     # --------------------------------------------------------------------------- row groups
 
-    def _group(self, name: str, index: int) -> _Group:
-        key = (name, index)
+    def _group(self, shard: Shard, index: int) -> _Group:
+        key = (shard.name, index)
         if key in self._groups:
             self._groups.move_to_end(key)
             return self._groups[key]
-        batch = self._fetched(name, index) if self._remote else self._file(name).get_batch(index)
+        batch = self._fetched(shard, index) if self._remote else self._file(shard).get_batch(index)
         ids = batch.column(0).flatten().to_numpy().reshape(batch.num_rows, -1)
         lengths, prompts = batch.column(1), batch.column(2)
         group = _Group(
@@ -166,8 +187,11 @@ class Shards:
                 self._cached(*old).unlink(missing_ok=True)
         return group
 
-    def _file(self, name: str) -> pa.ipc.RecordBatchFileReader:
+    def _file(self, shard: Shard) -> pa.ipc.RecordBatchFileReader:
+        """A shard, opened; at the first time its hash is checked."""
+        name = shard.name
         if name not in self._files:
+            self._verify(shard)
             uri = storage.join(self.root_uri, name)
             try:
                 data = (
@@ -180,13 +204,13 @@ class Shards:
                 raise self._damaged(name, str(error)) from None
         return self._files[name]
 
-    def _fetched(self, name: str, index: int) -> pa.RecordBatch:
+    def _fetched(self, shard: Shard, index: int) -> pa.RecordBatch:
         """A remote row group, mapped from its copy on this machine."""
-        path = self._cached(name, index)
+        path = self._cached(shard.name, index)
         try:
             return _mapped(path)
         except FileNotFoundError:
-            batch = self._file(name).get_batch(index)
+            batch = self._file(shard).get_batch(index)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")
         with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as out:
@@ -218,11 +242,12 @@ def held_out(
 ) -> dict[str, PackedRows]:
     """Per source its held-out rows.
 
-    All of them, or `max_rows` evenly spread ones. Sources without a row in the split are left out.
+    All of each source's opening, or `max_rows` evenly spread ones: the same ones while the rest is
+    being prepared and after. Sources without a row there are left out.
     """
     found = {}
-    for source in shards.manifest.sources:
-        rows = shards.num_rows(source, split)
+    for source, entry in shards.manifest.sources.items():
+        rows = entry.opened(split).rows
         count = rows if max_rows is None else min(rows, max_rows)
         if count:
             found[source] = shards.read(source, split, np.arange(count) * rows // count)

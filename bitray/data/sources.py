@@ -19,7 +19,7 @@ from bitray.data.rows import Found, RowSettings
 from bitray.settings import Settings, UserError
 from bitray.storage import FileInfo
 
-ASIDE = {"weight", "licence", "probe"}
+ASIDE = {"weight", "licence", "probe", "max_epochs"}
 """Settings of a source that do not change its rows."""
 
 
@@ -54,6 +54,8 @@ class SourceSettings(Settings):
 
     weight: float = Field(1.0, ge=0, allow_inf_nan=False)
     """Share of training tokens, relative to the other sources' weights."""
+    max_epochs: int | None = Field(None, ge=1)
+    """Times that it may be gone through; None: as `data.max_epochs` says."""
     licence: str = "unknown"
     """Recorded in the manifest and the model card."""
     probe: str | None = None

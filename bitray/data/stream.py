@@ -15,7 +15,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +36,7 @@ from bitray.data.mixture import StageMixture
 from bitray.data.plan import Rows
 from bitray.data.reader import empty_batch, read_rows
 from bitray.data.shards import Shards
-from bitray.data.tickets import EMPTY, Deal
+from bitray.data.tickets import EMPTY, ENDED, Deal
 from bitray.models.batch import Batch, PackedRows
 from bitray.settings import UserError
 
@@ -44,6 +44,10 @@ TASKS = 1000
 """Reader tasks of a stage, at most: Ray Data holds all of them from the start."""
 TASK_BUNDLES = 64
 """Bundles of a reader task, at least: a start costs tens of ms, a lost task all of its reads."""
+
+
+class DataEnded(UserError):
+    """No more rows will come. All workers meet it at the same step."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +80,29 @@ class Opened:
         left = (self.stream.mixture.steps - self.first_step) * deal.micro_batches
         return -(-left // self.stream.mixture.bundle) * deal.world_size
 
-    def tickets(self, deal: Deal, bundle: int) -> list[int]:
-        """The tickets of one bundle."""
-        turn, rank = divmod(bundle, deal.world_size)
+    def bundle(self, deal: Deal, number: int) -> "Bundle":
+        """The tickets of one bundle, and the step of each."""
+        turn, rank = divmod(number, deal.world_size)
         size = self.stream.mixture.bundle
         first = self.first_step * deal.micro_batches + turn * size
         end = self.stream.mixture.steps * deal.micro_batches
-        return [deal.ticket(rank, at) for at in range(first, min(first + size, end))]
+        positions = range(first, min(first + size, end))
+        return Bundle(
+            [deal.ticket(rank, at) for at in positions],
+            [at // deal.micro_batches for at in positions],
+        )
+
+
+class Bundle(NamedTuple):
+    """Tickets that travel together, `EMPTY` ones too."""
+
+    tickets: list[int]
+    steps: list[int]
+
+    def until(self, last_step: int) -> list[int]:
+        """The tickets, with `ENDED` for those of later steps."""
+        pairs = zip(self.tickets, self.steps, strict=True)
+        return [ticket if step < last_step else ENDED for ticket, step in pairs]
 
 
 def ticket_dataset(
@@ -182,18 +202,23 @@ def _read_bundles(opened: Opened, deal: Deal, numbers: range) -> Iterator[pa.Tab
     stream = opened.stream
     actor = ray.get_actor(stream.actor)
     shards = _shards(stream.prepared, stream.mixture.manifest)
+    size = stream.mixture.tickets_per_step
 
-    def ask(tickets: list[int]) -> Any:
-        real = [ticket for ticket in tickets if ticket != EMPTY]
-        return actor.plan.remote(stream.name, opened.generation, real) if real else None
+    def ask(bundle: Bundle) -> Any:
+        real = [ticket for ticket in bundle.tickets if ticket != EMPTY]
+        until = (bundle.steps[-1] + 1) * size
+        return actor.plan.remote(stream.name, opened.generation, real, until=until)
 
-    bundles = [*(opened.tickets(deal, number) for number in numbers), []]
-    answer = ask(bundles[0])
-    for tickets, following in itertools.pairwise(bundles):
-        planned = None if answer is None else ray.get(answer)
-        while answer is not None and planned is None:
-            planned = ray.get(ask(tickets))
-        answer = ask(following)
+    bundles = [opened.bundle(deal, number) for number in numbers]
+    answer: Any = ask(bundles[0]) if bundles else None
+    for bundle, following in itertools.zip_longest(bundles, bundles[1:]):
+        planned: Any = ray.get(answer)
+        while planned is None:
+            planned = ray.get(ask(bundle))
+        answer = ask(following) if following else None
+        tickets = bundle.tickets
+        if "end" in planned:
+            tickets = bundle.until(int(planned["end"]) // size)
         yield _bundle(shards, list(stream.mixture.sizes), tickets, planned)
 
 
@@ -207,13 +232,13 @@ def _shards(prepared: str, identity: str) -> Shards:
 
 
 def _bundle(
-    shards: Shards, sources: list[str], tickets: list[int], planned: Mapping[str, np.ndarray] | None
+    shards: Shards, sources: list[str], tickets: list[int], planned: Mapping[str, np.ndarray]
 ) -> pa.Table:
     """One block of one row: tickets, and of the rows of the tickets that are not empty, one after
     the other, source numbers, token ids, and lengths of documents and of their prompts, with the
     number of documents per row."""
     found, source = PackedRows(np.empty((0, 0), np.int32), [], []), np.empty(0, np.int64)
-    if planned is not None:
+    if planned["row"].size:
         rows = Rows(*(planned[key].reshape(-1) for key in Rows._fields))
         found, source = read_rows(shards, sources, rows), rows.source
     columns: dict[str, np.ndarray] = {
@@ -295,6 +320,8 @@ def _batches(block: pa.Table, mixture: StageMixture) -> Iterator[tuple[int, Batc
         if ticket == EMPTY:
             yield ticket, empty_batch(size, length)
             continue
+        if ticket == ENDED:
+            raise DataEnded("no more rows are prepared than were trained on")
         mine = slice(at * size, (at + 1) * size)
         batch = Batch.from_rows(ids[at], lengths[mine], source[at].tolist(), prompts[mine])
         yield ticket, batch

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 EMPTY = -1
 """Stands in where the workers are more than the tickets left of a step; all its labels are -100."""
+ENDED = -2
+"""Stands in where no more rows will come, for every ticket of the same step and of later ones."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from bitray.data import DataSettings
+from bitray.data.weights import quantise
 from bitray.export import GGUFType
 from bitray.settings import Composed, Settings, Tree, UserError, merge, nearest
 from bitray.training.settings import TrainingSettings
@@ -188,6 +189,7 @@ class Config(Composed):
             for name, stage in self.stages.items()
             for text in [
                 *_stage_problems(name, stage),
+                *_phase_problems(name, stage, self.data),
                 *self.too_long(name, most),
                 *self._influence_problems(name, stage),
             ]
@@ -257,6 +259,16 @@ def _check_stage_names(own: Tree, known: Tree) -> None:
                 f"stages.{name}: this pipeline has no such stage{nearest(name, known)}; "
                 f"it has: {', '.join(known)}"
             )
+
+
+def _phase_problems(name: str, stage: StageSettings, data: DataSettings) -> list[str]:
+    found = []
+    for number, phase in enumerate(stage.mixture_phases):
+        try:
+            quantise(phase.weights, tuple(data.sources))
+        except UserError as error:
+            found.append(f"stages.{name}.mixture_phases.{number}.{error}")
+    return found
 
 
 def _stage_problems(name: str, stage: StageSettings) -> list[str]:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,12 +11,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from bitray import checkpoint, storage
 from bitray.data.manifest import Manifest
-from bitray.data.mixture import StageMixture
+from bitray.data.mixture import Mixture, StageMixture
 from bitray.data.plan import SourceSize
 from bitray.data.stream import TicketConfig, TicketStream, ticket_dataset
 from bitray.data.tickets import least_lead
 from bitray.pipeline.config import Config, Scaling
-from bitray.pipeline.folders import resume_point
+from bitray.pipeline.folders import resume_point, skipped_by_name
 from bitray.pipeline.interrupt import in_thread
 from bitray.pipeline.material import RowKind
 from bitray.pipeline.worker import Job, work
@@ -46,15 +47,16 @@ def stage_mixture(config: Config, stage: str, manifest: Manifest) -> StageMixtur
     bounds = (influence.min_weight, influence.max_weight)
     tickets, workers = settings.gradient_accumulation_steps, scaling.num_workers
     bundle = min(BUNDLE, max(1, LEAD // 2 * tickets // workers))
+    weights, *phases = _phases(config, stage)
     return StageMixture(
         seed=config.data.seed,
         manifest=manifest.identity(),
-        sizes={
-            name: SourceSize(source.splits["train"].rows, source.splits["train"].tokens)
-            for name, source in manifest.sources.items()
-        },
+        sizes=manifest.sizes(),
+        parts=manifest.parts,
         length=manifest.length,
-        weights=config.data.shares(),
+        weights=weights[1],
+        phases=tuple(phases),
+        max_epochs=config.data.epochs() or None,
         steps=settings.total_steps,
         rows_per_ticket=settings.batch_size,
         tickets_per_step=tickets,
@@ -64,8 +66,41 @@ def stage_mixture(config: Config, stage: str, manifest: Manifest) -> StageMixtur
         period=interval,
         first_decision=influence.first(interval) if interval else None,
         bounds=bounds if interval else (0.0, 1.0),
-        after=before[-1] if before else None,
+        after=before[-1] if before and before[-1] not in skipped_by_name(config) else None,
     )
+
+
+def _phases(config: Config, stage: str) -> list[tuple[int, dict[str, float]]]:
+    """First step and weights of every phase of a stage; those of no step are left out."""
+    settings = config.stages[stage]
+    if not settings.mixture_phases:
+        return [(0, config.data.shares())]
+    ends = [round(phase.until * settings.total_steps) for phase in settings.mixture_phases]
+    pairs = zip([0, *ends], ends, settings.mixture_phases, strict=False)
+    return [(first, phase.weights) for first, end, phase in pairs if end > first]
+
+
+def grown(
+    flows: Mapping[str, TicketStream], sizes: Mapping[str, dict[str, SourceSize]]
+) -> dict[str, TicketStream]:
+    """The streams with what there is by now of the sources of each manifest."""
+    mixtures = {
+        name: replace(flow.mixture, sizes=sizes[flow.mixture.manifest])
+        for name, flow in flows.items()
+    }
+    return {name: replace(flows[name], mixture=mixture) for name, mixture in mixtures.items()}
+
+
+def check_enough(flows: Mapping[str, TicketStream]) -> None:
+    """`UserError` if `max_epochs` leaves a stage too few rows, as far as can be known by now."""
+    opened: dict[str, Mixture] = {}
+    for name, flow in flows.items():
+        stage = flow.mixture
+        cursors = opened[stage.after].continued(stage) if stage.after in opened else None
+        try:
+            opened[name] = Mixture.opened(stage, 0, None, cursors)
+        except UserError as error:
+            raise UserError(f"stages.{name}: {error}") from None
 
 
 def streams(
@@ -87,6 +122,12 @@ def streams(
         for name, stage in config.stages.items()
         if stage.total_steps
     }
+
+
+def reserved_cpus(scaling: Scaling) -> float:
+    """What workers and readers take."""
+    workers = scaling.num_workers * scaling.cpus_per_worker
+    return workers + scaling.readers * scaling.cpus_per_reader
 
 
 def data_state(config: Config, stage: str) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,13 @@ def mathematical_settings(config: Config) -> dict[str, Any]:
     return values
 
 
-def fingerprint(settings: dict[str, Any], data: dict[str, str]) -> str:
-    """sha256 over the canonical JSON of settings and of the identity of the prepared data."""
+def fingerprint(settings: dict[str, Any], data: Mapping[str, Mapping[str, str]]) -> str:
+    """sha256 over the canonical JSON of settings and of what the prepared data is made from."""
     text = json.dumps({"settings": settings, "data": data}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def claim(config: Config, data: dict[str, str]) -> str:
+def claim(config: Config, data: Mapping[str, Mapping[str, str]]) -> str:
     """Write the run's identity into its folder, or check that the folder holds this very run.
 
     Another run's folder is refused with the differences, unless `resume.fork=true`. Different

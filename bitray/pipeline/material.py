@@ -1,18 +1,25 @@
 """What the stages work on: a tokenizer, and rows prepared for every length that a run needs."""
 
 import tempfile
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
 from bitray import storage
-from bitray.data.job import inputs_of
+from bitray.data import prepare
+from bitray.data.job import Job, inputs_of, plan_job
 from bitray.data.manifest import Manifest, digest
 from bitray.data.overlap import overlap
-from bitray.data.prepare import prepare, prepared_identity
+from bitray.data.preparation import Preparation
 from bitray.data.settings import DataSettings
 from bitray.data.sources import ASIDE
 from bitray.data.tokenizer import train_tokenizer
 from bitray.data.units import documents
+from bitray.models.loading import load_tokenizer
 from bitray.pipeline.config import Config, StageSettings
 
 TOKENIZER_BYTES = 10_000_000
@@ -76,27 +83,91 @@ class Material:
     def __init__(self, config: Config, tokenizer: str) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.kinds = sorted({RowKind.of(stage) for stage in config.stages.values()})
-        self.identities = {
-            kind: prepared_identity(self._data(kind), tokenizer, kind.length) for kind in self.kinds
-        }
+        self.jobs = {kind: self._job(kind) for kind in self.kinds}
+
+    @property
+    def identities(self) -> dict[RowKind, str]:
+        """Of the rows of each kind."""
+        return {kind: job.identity for kind, job in self.jobs.items()}
 
     @property
     def folders(self) -> dict[RowKind, str]:
         """Where the rows of each kind lie."""
-        root = prepared_root(self.config)
-        return {kind: storage.join(root, key[:16]) for kind, key in self.identities.items()}
+        return {kind: job.root_uri for kind, job in self.jobs.items()}
 
-    def prepare(self) -> dict[RowKind, Manifest]:
-        """Prepare what is missing, as Ray Data jobs."""
-        manifests = {
-            kind: prepare(self._data(kind), self.tokenizer, kind.length, folder)
-            for kind, folder in self.folders.items()
-        }
+    @cached_property
+    def _preparations(self) -> dict[RowKind, Preparation]:
+        return {kind: Preparation(job) for kind, job in self.jobs.items()}
+
+    @property
+    def known(self) -> dict[RowKind, Manifest]:
+        """What may be known of the rows of each kind by now, once they are opened."""
+        return {kind: each.manifest for kind, each in self._preparations.items() if each.manifest}
+
+    def open(self) -> dict[RowKind, Manifest]:
+        """Prepare what training begins with, as Ray Data jobs on all CPUs."""
+        for each in self._preparations.values():
+            each.open(prepare.on_ray)
+        return self.known
+
+    def rest(self, reserved: float = 0.0) -> Generator[bool]:
+        """Prepare all the rest, in the order of the stages, leaving so many CPUs alone; after every
+        unit, whether more is known. Then say what near-duplicates there are, if that is wanted."""
+        work = partial(prepare.on_ray, reserved=reserved)
+        for kind in dict.fromkeys(RowKind.of(stage) for stage in self.config.stages.values()):
+            yield from self._preparations[kind].rest(work)
         if self.config.data.overlap.enabled:
             longest = max(self.kinds)  # it cuts the fewest documents
-            report = overlap(self.folders[longest], manifests[longest], self.config.data.overlap)
-            print(report.text(), flush=True)
-        return manifests
+            found = self.folders[longest], self.known[longest]
+            print(overlap(*found, self.config.data.overlap).text(), flush=True)
+
+    def prepare(self) -> dict[RowKind, Manifest]:
+        """Prepare everything."""
+        self.open()
+        for _ in self.rest():
+            pass
+        return self.known
+
+    def _job(self, kind: RowKind) -> Job:
+        data = self._data(kind)
+        job = plan_job(data, load_tokenizer(self.tokenizer), kind.length, "")
+        return replace(job, root_uri=storage.join(prepared_root(self.config), job.identity[:16]))
 
     def _data(self, kind: RowKind) -> DataSettings:
         return self.config.data.model_copy(update={} if kind.packed else {"open_bins": 0})
+
+
+@contextmanager
+def prepared_beside(
+    material: Material,
+    reserved: float,
+    tell: Callable[[Mapping[RowKind, Manifest]], None],
+    stop: Callable[[], None],
+    asked: Callable[[], bool],
+) -> Iterator[list[BaseException]]:
+    """Inside, a thread prepares the rest on the CPUs that are not `reserved`, and `tell`s what is
+    known. Where it cannot go on, it notes why in the list that is given, and calls `stop`; so it
+    does when `asked` to stop."""
+    errors: list[BaseException] = []
+    over = threading.Event()
+
+    def rest() -> None:
+        try:
+            with closing(material.rest(reserved)) as units:
+                for more in units:
+                    if more:
+                        tell(material.known)
+                    if over.is_set() or asked():
+                        break
+        except BaseException as error:
+            errors.append(error)
+        if not all(manifest.done for manifest in material.known.values()) and not over.is_set():
+            stop()
+
+    thread = threading.Thread(target=rest, name="prepare")
+    thread.start()
+    try:
+        yield errors
+    finally:
+        over.set()
+        thread.join()

@@ -3,7 +3,7 @@
 The mathematics and the hook are in `bitray.training`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -23,6 +23,7 @@ def remixing(
     stage: str,
     shards: Shards,
     on_decision: Decide,
+    current: Callable[[], Mapping[str, float]],
     say: Callable[[str], None],
 ) -> Influence | None:
     """The hook of a stage, at its start; None where influence is off."""
@@ -35,6 +36,7 @@ def remixing(
         material=Material(_probes(config, stage, shards), _groups(config, stage, shards)),
         weights={name: shares[name] for name in config.data.remixed()},
         on_decision=on_decision,
+        current=current,
         say=say,
     )
 

@@ -1,23 +1,34 @@
 """`run(config)`: the whole road, from text to an exported ternary model."""
 
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import ray
 from ray.util.queue import Queue
 
 from bitray import storage
 from bitray.data.actor import mixture_actor
 from bitray.data.job import inputs_of
 from bitray.data.manifest import Manifest, digest
-from bitray.pipeline.config import Config
+from bitray.pipeline.config import Config, Scaling
 from bitray.pipeline.console import console
 from bitray.pipeline.finish import Result, finish
-from bitray.pipeline.fit import fit, groups, streams
+from bitray.pipeline.fit import check_enough, fit, groups, grown, reserved_cpus, streams
 from bitray.pipeline.folders import StageFolder, skipped_by_name
 from bitray.pipeline.identity import claim
 from bitray.pipeline.interrupt import stoppable
-from bitray.pipeline.material import Material, RowKind, named_tokenizer, tokenizer_of
+from bitray.pipeline.material import (
+    Material,
+    RowKind,
+    named_tokenizer,
+    prepared_beside,
+    tokenizer_of,
+)
 from bitray.pipeline.plan import check_model, check_resources, outline, resources
 from bitray.pipeline.report import Table
 from bitray.pipeline.session import ray_session
-from bitray.pipeline.worker import Job
+from bitray.pipeline.worker import STOP, Job
 from bitray.settings import UserError
 
 
@@ -34,9 +45,10 @@ def run(config: Config) -> Result:
         check_resources(config, resources())
         material = Material(config, tokenizer_of(config))
         if config.resume.fresh:
-            _check_held_out(material.prepare())  # nothing goes for a run that cannot begin
+            _check_held_out(material.open())  # nothing goes for a run that cannot begin
             storage.remove(config.run_dir)
-        fingerprint = claim(config, {str(kind): key for kind, key in material.identities.items()})
+        parts = {str(kind): job.parts for kind, job in material.jobs.items()}
+        fingerprint = claim(config, parts)
         with stoppable(config.run_dir), console() as lines:
             stopped = train(config, material, fingerprint, lines)
         if stopped:
@@ -46,9 +58,10 @@ def run(config: Config) -> Result:
 
 
 def train(config: Config, material: Material, fingerprint: str, lines: Queue) -> str | None:
-    """Train the stages that are not complete; the one in which somebody stopped, or None."""
+    """Train the stages that are not complete, beside the preparation of what they need later; the
+    one in which somebody stopped, or None."""
     if not config.resume.skip_completed:
-        _check_held_out(material.prepare())  # before anything goes
+        _check_held_out(material.open())  # before anything goes
         for stage in config.stages:
             storage.remove(storage.join(config.run_dir, f"{stage}_checkpoint"))
     left_out = skipped_by_name(config)
@@ -63,23 +76,57 @@ def train(config: Config, material: Material, fingerprint: str, lines: Queue) ->
             pending.append(stage)
     if not pending:
         return None
-    manifests = material.prepare()
+    manifests = material.open()
     _check_held_out(manifests)
     name = f"bitray-mixture-{digest([config.run_dir, fingerprint])[:16]}"
-    actor = mixture_actor(name, storage.join(config.run_dir, "mixture"))
     flows = streams(config, manifests, material.folders, name)
-    for scaling, stages in groups(config, pending):
-        job = Job(config, stages, fingerprint, material.tokenizer, material.folders, flows, lines)
-        if stopped := fit(job, scaling):
-            return stopped
-    del actor  # it lives as long as this handle
+    check_enough(flows)
+    actor = mixture_actor(name, storage.join(config.run_dir, "mixture"))
+    jobs = [
+        (Job(config, stages, fingerprint, material.tokenizer, material.folders, flows, lines), how)
+        for how, stages in groups(config, pending)
+    ]
+    try:
+        return _train_beside(material, actor, jobs)
+    finally:
+        ray.kill(actor)  # else it lives as long as anything that refers to it
+
+
+def _train_beside(
+    material: Material, actor: Any, jobs: Sequence[tuple[Job, Scaling]]
+) -> str | None:
+    """Train while the rest is prepared; what stops the one stops the other."""
+    flag = storage.join(material.config.run_dir, STOP)
+    flows = jobs[0][0].streams
+
+    def tell(known: Mapping[RowKind, Manifest]) -> None:
+        sizes = {manifest.identity(): manifest.sizes() for manifest in known.values()}
+        check_enough(grown(flows, sizes))
+        ray.get(actor.prepared.remote(sizes))
+
+    def stop() -> None:
+        storage.write_text(flag, "the preparation has stopped\n")
+        ray.get(actor.ended.remote())
+
+    tell(material.known)
+    reserved = max(reserved_cpus(how) for _, how in jobs)
+    with prepared_beside(material, reserved, tell, stop, partial(storage.exists, flag)) as errors:
+        for job, scaling in jobs:
+            stopped = fit(job, scaling)
+            if errors:
+                storage.remove(flag)
+                raise errors[0]
+            if stopped:
+                return stopped
     return None
 
 
 def _check_held_out(manifests: dict[RowKind, Manifest]) -> None:
     """The longest rows are evaluated on; a source without any is told, all without is refused."""
     manifest = manifests[max(manifests)]
-    without = [name for name in manifest.sources if not manifest.num_rows(name, "validation")]
+    without = [
+        name for name, source in manifest.sources.items() if not source.opened("validation").rows
+    ]
     if len(without) == len(manifest.sources):
         raise UserError(
             "data.split.validation: no source has a held-out document; give more text or raise it"

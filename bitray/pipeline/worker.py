@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ray
@@ -15,7 +16,8 @@ from transformers import PreTrainedModel
 from bitray import checkpoint, storage
 from bitray.data.manifest import digest, read_manifest
 from bitray.data.shards import Shards, held_out
-from bitray.data.stream import TicketStream, worker_batches
+from bitray.data.stream import DataEnded, TicketStream, worker_batches
+from bitray.data.weights import UNIT
 from bitray.inference.evaluation import evaluate
 from bitray.models.batch import Batch, PackedRows
 from bitray.models.convert import is_bitnet, to_bitnet
@@ -126,7 +128,11 @@ class Stage:
                 *world(),
                 loop.data_step * self.settings.gradient_accumulation_steps,
             )
-            loop.run(tickets)
+            try:
+                loop.run(tickets)
+            except DataEnded:  # preparing it has failed, or was stopped as this is
+                loop.stopped = True
+                self.on_save(loop)
             tickets.close()
         if not loop.stopped:
             self.finish(loop)
@@ -190,13 +196,17 @@ class Stage:
             hooks=[
                 Every(settings.eval_every, self.on_evaluate),
                 Every(settings.save_every, self.on_save),
+                Every(settings.log_every, self.on_log),
             ],
             sinks=self.sinks(found, position),
             stop_requested=_stop_flag(self.config.run_dir),
             data_step=data["step"] if data else 0,
             sources=tuple(self.config.data.sources),
         )
-        self.influence = remixing(self.config, self.name, self.shards, self.decided, self.say)
+        weights = partial(from_rank_zero, self.weights)
+        self.influence = remixing(
+            self.config, self.name, self.shards, self.decided, weights, self.say
+        )
         if self.influence is not None:
             if data and found:
                 self.influence.resume(loop, checkpoint.load_state(found)["influence"])
@@ -211,6 +221,14 @@ class Stage:
         if world()[0] == 0:
             actor: Any = ray.get_actor(self.job.streams[self.name].actor)
             ray.get(actor.set_weights.remote(self.name, step, weights, notes))
+
+    def weights(self) -> dict[str, float]:
+        """Of the sources that are remixed, as the journal has them last: a decision's, or those of
+        a phase that has begun since. Rank 0 asks."""
+        actor: Any = ray.get_actor(self.job.streams[self.name].actor)
+        last = ray.get(actor.journal.remote(self.name))[-1]
+        known = dict(zip(self.config.data.sources, last["weights"], strict=True))
+        return {name: known[name] / UNIT for name in self.config.data.remixed()}
 
     def sinks(self, found: str | None, position: Position) -> Sequence[Sink]:
         """Where metrics go; on rank 0 alone, which also says how the stage begins."""
@@ -235,6 +253,13 @@ class Stage:
         return InProcessTeacher(model, self.autocast)
 
     # ----------------------------------------------------------------------------- side work
+
+    def on_log(self, loop: Loop) -> None:
+        """How often every source has been gone through."""
+        if world()[0] == 0:
+            actor: Any = ray.get_actor(self.job.streams[self.name].actor)
+            epochs = ray.get(actor.epochs.remote(self.name, loop.data_step))
+            loop.write({f"mixture/epoch_{name}": count for name, count in epochs.items()})
 
     def on_evaluate(self, loop: Loop) -> None:
         """Held-out losses on the way; a new best is kept. The end has its own evaluation."""

@@ -59,6 +59,9 @@ class Influence:
     weights: dict[str, float]
     """Current token shares of the sources that are remixed."""
     on_decision: Decide
+    current: Callable[[], Mapping[str, float]] | None = None
+    """Asked for the weights in force before a decision, which a curriculum may have switched; None:
+    those of the last decision."""
     say: Callable[[str], None] = print
     score: dict[str, float] | None = None
     """Running mean of where each source stands among the others."""
@@ -80,6 +83,8 @@ class Influence:
         if loop.data_step < first or (loop.data_step - first) % self.interval:
             return
         began = time.perf_counter()
+        if self.current is not None:
+            self.weights = dict(self.current())
         found = {} if self.settings.method == "ado" else self._measured(loop)
         optimal, notes = self._optimal(found)
         if optimal is not None:

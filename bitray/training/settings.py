@@ -1,10 +1,12 @@
 """Settings of one stage of training, and the sizes that follow from them."""
 
+import itertools
 import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from bitray.data.settings import MixturePhase
 from bitray.objectives import Objectives
 from bitray.optim import AdamW, Optimizer
 from bitray.schedules import DistillationSchedule, LearningRateSchedule, StrengthWarmup
@@ -111,6 +113,8 @@ class TrainingSettings(Settings):
     max_seq_length: int = Field(default=1024, ge=8)
     packing: Packing = Packing()
     seed: int = 0
+    mixture_phases: tuple[MixturePhase, ...] = ()
+    """A curriculum: weights of the sources by share of the stage; none: those of the data."""
 
     objectives: Objectives = Objectives()
     lm_loss_weight: float | None = Field(default=None, ge=0, le=1)
@@ -141,6 +145,16 @@ class TrainingSettings(Settings):
     save_every: int = Field(default=200, ge=1)
     keep_last: int = Field(default=5, ge=1)
     resume: Resume = Resume()
+
+    @model_validator(mode="after")
+    def _phases_follow_each_other(self) -> "TrainingSettings":
+        ends = [phase.until for phase in self.mixture_phases]
+        if ends and (ends[-1] != 1 or any(a >= b for a, b in itertools.pairwise(ends))):
+            raise ValueError(
+                f"mixture_phases end at {', '.join(f'{end:g}' for end in ends)} of the stage; each "
+                "`until` has to be above the one before it, and the last one 1.0"
+            )
+        return self
 
     @property
     def rows_per_step(self) -> int:

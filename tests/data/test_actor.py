@@ -107,6 +107,84 @@ def test_after_a_stage_that_was_trained_elsewhere_rows_begin_where_one_says(
     asyncio.run(story())
 
 
+def test_an_unknown_stage_before_is_refused(tmp_path: Path) -> None:
+    async def story() -> None:
+        actor = MixtureActor(str(tmp_path))
+        await actor.open("stage1_9", stage())
+        with pytest.raises(UserError, match=r"where 'stage1_8' ends.*nearest: 'stage1_9'"):
+            await actor.open("stage2", stage(after="stage1_8"))
+
+    asyncio.run(story())
+
+
+GROWING = {**SIZES, "b": SourceSize(106, 3000, 400, False)}
+
+
+def test_planning_waits_for_rows_that_are_being_prepared(tmp_path: Path) -> None:
+    async def story() -> None:
+        actor = MixtureActor(str(tmp_path))
+        await actor.prepared({"m": GROWING})
+        generation = await actor.open("s", stage())
+        assert await actor.plan("s", generation, [0]) is not None
+        last = 199
+        assert await actor.plan("s", generation, [last], timeout=0.05) is None
+        # One that is started again knows what the lost one knew.
+        actor = MixtureActor(str(tmp_path))
+        waiting = asyncio.create_task(actor.plan("s", generation, [last]))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        await actor.prepared({"m": SIZES})
+        found = await asyncio.wait_for(waiting, 1)
+        plan = MixturePlan(0, SIZES, [opening(SIZES, WEIGHTS)])
+        assert found is not None and (found["row"] == plan.rows(last * 2, 2).row).all()
+        # Every start of the workers opens the stage as the driver knew it at first.
+        generation = await actor.open("s", stage(sizes=GROWING))
+        assert await actor.plan("s", generation, [last], timeout=0.05) is not None
+        assert (await actor.epochs("s", 50))["b"] == pytest.approx(plan.cursors(400)[1] / 400)
+
+    asyncio.run(story())
+
+
+def test_where_preparing_stops_everybody_is_told_of_the_same_step(tmp_path: Path) -> None:
+    async def story() -> None:
+        actor = MixtureActor(str(tmp_path))
+        await actor.prepared({"m": GROWING})
+        generation = await actor.open("s", stage())
+        # Rows of four tickets a step for three workers, the third of whom has nothing to do there.
+        bundles = {0: [60, 63, 64, 67, 72], 1: [61, 65, 68, 73], 2: [62, 66, 70, 74], 3: []}
+        asked = [
+            asyncio.create_task(actor.plan("s", generation, bundles[k], until=(until + 1) * 4))
+            for k, until in zip(bundles, (18, 18, 18, 30), strict=True)
+        ]
+        await asyncio.sleep(0.05)
+        assert not any(task.done() for task in asked)
+        await actor.ended()
+        found = [await asyncio.wait_for(task, 1) for task in asked]
+        ends = {int(each["end"]) for each in found if each is not None}
+        (end,) = ends
+        assert end % 4 == 0 and 60 < end <= 72
+        for each, tickets in zip(found, bundles.values(), strict=True):
+            assert each is not None and len(each["row"]) == sum(t < end for t in tickets)
+        before = await actor.plan("s", generation, [end - 1])
+        assert before is not None and "end" not in before, "steps before it are planned as ever"
+
+    asyncio.run(story())
+
+
+def test_a_decision_waits_where_a_source_may_end_before_it_holds(tmp_path: Path) -> None:
+    async def story() -> None:
+        actor = MixtureActor(str(tmp_path))
+        await actor.prepared({"m": GROWING})
+        await actor.open("s", stage(period=14, max_epochs=3))
+        deciding = asyncio.create_task(actor.set_weights("s", 14, {"a": 1.0, "b": 1.0}))
+        await asyncio.sleep(0.05)
+        assert not deciding.done()
+        await actor.prepared({"m": SIZES})
+        assert (await asyncio.wait_for(deciding, 1))["first_row"] == 18 * 8
+
+    asyncio.run(story())
+
+
 def _entries(journal: list[dict[str, Any]]) -> list[Entry]:
     return [Entry.from_json(entry) for entry in journal]
 

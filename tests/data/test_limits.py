@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitray.data.formats import Part
-from bitray.data.limits import Left, listed, wanted
+from bitray.data.limits import Left, Taken
 from bitray.data.sources import SourceSettings, Unit
 
 
@@ -57,17 +57,19 @@ def test_what_is_listed_is_what_counting_one_by_one_gives(
         Unit("s", number, (Part("u", 0, None, 1 + 2 * sum(sizes)),))
         for number, sizes in enumerate(contents)
     ]
-    done: dict[int, Done] = {}
+    taken: Taken[Done] = Taken(source, units)
     draw = random.Random(seed)
     rounds = 0
-    while some := wanted(source, units, done):
+    while some := taken.missing():
         rounds += 1
         draw.shuffle(some)
         if draw.random() < 0.3:
             some = some[: draw.randint(1, len(some))]  # the others were interrupted
-        done |= {unit.number: do(unit, contents[unit.number]) for unit in some}
+        for unit in some:
+            taken.add(unit.number, do(unit, contents[unit.number]))
         assert rounds < 100
-    found = [(done[n].documents, done[n].tokens) for n in listed(source, units, done)]
+    assert taken.done
+    found = [(one.documents, one.tokens) for one in taken.results]
     counted = expected(contents, source)
     while len(counted) > len(found) and counted[-1] == (0, 0):
         counted.pop()  # units after the end of a source may be looked into, or not
@@ -78,9 +80,10 @@ def test_what_is_listed_is_what_counting_one_by_one_gives(
 
 def test_a_source_without_limits_is_done_at_once() -> None:
     units = [Unit("s", number, (Part("u", 0, None, 9),)) for number in range(5)]
-    assert wanted(SourceSettings(), units, {}) == units
-    done = {1: Done(1, 1, False)}
-    assert [unit.number for unit in wanted(SourceSettings(), units, done)] == [0, 2, 3, 4]
+    taken: Taken[Done] = Taken(SourceSettings(), units)
+    assert taken.missing() == units
+    taken.add(1, Done(1, 1, False))
+    assert [unit.number for unit in taken.missing()] == [0, 2, 3, 4] and not taken.done
 
 
 def test_few_rounds_are_enough_and_hardly_any_work_is_in_vain() -> None:
@@ -89,10 +92,11 @@ def test_few_rounds_are_enough_and_hardly_any_work_is_in_vain() -> None:
     contents = [[draw.randint(50, 150) for _ in range(10)] for _ in range(1000)]
     units = [Unit("s", k, (Part("u", 0, None, 4 * sum(c)),)) for k, c in enumerate(contents)]
     source = SourceSettings(max_tokens=100_000)
-    done: dict[int, Done] = {}
+    taken: Taken[Done] = Taken(source, units)
     rounds = work = 0
-    while some := wanted(source, units, done):
+    while some := taken.missing():
         rounds, work = rounds + 1, work + len(some)
-        done |= {unit.number: do(unit, contents[unit.number]) for unit in some}
+        for unit in some:
+            taken.add(unit.number, do(unit, contents[unit.number]))
     assert rounds <= 6
-    assert work <= len(listed(source, units, done)) + 2
+    assert work <= len(taken.results) + 2

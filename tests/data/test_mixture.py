@@ -172,6 +172,105 @@ def test_too_few_rows_for_the_stage_is_said_before_it_starts() -> None:
         opened(max_epochs=1, steps=200)
 
 
+# ------------------------------------------------------------------------------------- phases
+
+PHASES = ((12, {"a": 1.0}), (17, {"b": 1.0}), (40, {"a": 0.5, "c": 0.5}))
+
+
+def sources_of(mixture: Mixture, step: int) -> set[int]:
+    """The sources that a step trains on."""
+    size = mixture.stage.rows_per_step
+    return set(mixture.plan.rows(step * size, size).source.tolist())
+
+
+def test_phases_switch_at_their_steps_and_are_known_from_the_opening() -> None:
+    mixture = opened(phases=PHASES)
+    assert mixture.decided == mixture.stage.end
+    assert [e.first_row for e in mixture.plan.journal] == [0, 12 * 8, 17 * 8, 40 * 8]
+    assert [e.notes for e in mixture.plan.journal] == [{}, *({"phase": k} for k in (1, 2, 3))]
+    assert [sources_of(mixture, step) for step in (12, 16, 17, 39)] == [{0}, {0}, {1}, {1}]
+    assert sources_of(mixture, 11) == {0, 1, 2} and sources_of(mixture, 41) <= {0, 2}
+
+
+def test_phases_and_decisions_take_turns() -> None:
+    """A decision of step s holds from step s + 4 to the next phase; 'no change' keeps the phase,
+    and a phase wins over a decision for the same step."""
+    mixture = opened(period=10, phases=(*PHASES[:2], (34, {"b": 1.0}), PHASES[2]))
+    assert len(mixture.plan.journal) == 2, "what a decision may come before is not recorded"
+    assert mixture.decided == 14 * 8
+    entry = mixture.decide(10, {"c": 1.0})
+    assert mixture.decide(10, {"c": 1.0}) == entry, "said twice it is one"
+    assert [sources_of(mixture, step) for step in (13, 14, 16, 17)] == [{0}, {2}, {2}, {1}]
+    mixture.decide(20, None)
+    assert sources_of(mixture, 25) == {1} and mixture.next_decision == 30
+    mixture.decide(30, {"a": 1.0})
+    assert sources_of(mixture, 34) == {1}
+    mixture.decide(40, None)
+    mixture.decide(50, None)
+    assert mixture.decided == mixture.stage.end
+    assert [e.step for e in mixture.plan.journal] == [-1, 8, 10, 13, 20, 30, 30, 36, 40, 50]
+    assert sources_of(mixture, 59) <= {0, 2}
+
+
+def test_a_decision_without_gates_lasts_until_the_next_phase() -> None:
+    mixture = opened(phases=PHASES)
+    mixture.reserved = 13 * 8
+    entry = mixture.decide(2, {"c": 1.0})
+    assert entry.first_row == 13 * 8
+    assert [sources_of(mixture, step) for step in (12, 13, 16, 17)] == [{0}, {2}, {2}, {1}]
+    again = Mixture.opened(mixture.stage, 2, through_json(mixture.state(5)), earlier=mixture)
+    assert again.plan.journal == mixture.plan.journal
+
+
+# ------------------------------------------------------------------- while data is prepared
+
+
+def growing(rows: int, **changes: Any) -> Mixture:
+    """Source `c` has so many rows so far, and 777 in the end."""
+    size = SIZES["c"]._replace(rows=rows, sample=777, done=False)
+    return opened(sizes={**SIZES, "c": size}, weights={"a": 1.0, "c": 9.0}, **changes)
+
+
+def test_whole_steps_are_planned_whose_rows_are_prepared() -> None:
+    mixture, whole = growing(100), opened(weights={"a": 1.0, "c": 9.0})
+    ready = mixture.covered()
+    assert ready % 8 == 0 and 100 <= ready < 130
+    assert mixture.ready(ready) and not mixture.starved(ready)
+    assert not mixture.ready(ready + 1) and mixture.starved(ready + 1)
+    assert (mixture.plan.rows(0, ready).source == whole.plan.rows(0, ready).source).all()
+    mixture.grow(SIZES)
+    assert mixture.covered() == mixture.stage.end
+    assert mixture.plan.rows(0, 480).row.tolist() == whole.plan.rows(0, 480).row.tolist()
+
+
+def test_where_a_source_may_end_a_later_phase_waits_until_that_is_known() -> None:
+    mixture = growing(100, max_epochs=1, phases=((30, {"b": 1.0, "c": 1.0}),))
+    assert mixture.decided == 30 * 8 and len(mixture.plan.journal) == 1
+    assert not mixture.decidable(20) and mixture.decidable(1)
+    mixture.grow(SIZES)
+    assert mixture.decided == mixture.stage.end and len(mixture.plan.journal) == 2
+
+
+def test_too_few_rows_are_said_when_it_is_known() -> None:
+    mixture = growing(100, max_epochs=1, steps=200)
+    with pytest.raises(UserError, match=r"hold 867 rows.* at most 108 steps, or .*max_epochs=2"):
+        mixture.grow(SIZES)
+    assert mixture.covered() < mixture.stage.end, "it goes on as before"
+
+
+def test_a_limit_of_one_source() -> None:
+    mixture = opened(max_epochs={"b": 2})
+    drawn = mixture.plan.rows(0, 480)
+    assert np.bincount(drawn.source)[1] == 80 and drawn.epoch[drawn.source == 0].max() > 1
+
+
+def test_what_differs_in_other_data_is_named() -> None:
+    state = through_json(opened(parts={"length": "1", "source 'a'": "2"}).state(5))
+    other = stage(manifest="other", parts={"length": "1", "source 'a'": "3", "source 'd'": "4"})
+    with pytest.raises(UserError, match=r"is other now \(source 'a', source 'd' differs\)"):
+        Mixture.opened(other, 2, state)
+
+
 RUNS = settings(stateful_step_count=30, suppress_health_check=list(HealthCheck))
 
 

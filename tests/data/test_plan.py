@@ -243,6 +243,25 @@ def test_a_source_without_rows_may_not_have_weight() -> None:
         MixturePlan(0, sizes, [opening(sizes, {"none": 1.0})])
 
 
+def test_what_is_prepared_by_now_moves_no_row_share() -> None:
+    """Token shares are those of the rows that the ratio is taken from, and a source that is still
+    being prepared has no end that a plan could know of."""
+    early = {**SIZES, "prose": SourceSize(300, 100 * 512, 100, done=False)}
+    late = {**SIZES, "prose": SourceSize(700, 100 * 512, 100)}
+    begun, whole = (MixturePlan(0, sizes, [opening(sizes, WEIGHTS)], 2) for sizes in (early, late))
+    known = int(np.flatnonzero(whole.rows(0, 5000).source == 1)[300])
+    assert (begun.rows(0, known).source == whole.rows(0, known).source).all()
+    assert begun.covers(known) and not begun.covers(known + 1) and whole.covers(known + 1)
+    assert begun.end is None and whole.end == 2 * (3000 + 700 + 90_000)
+
+
+def test_a_limit_for_some_sources() -> None:
+    plan = MixturePlan(0, SIZES, [opening(SIZES, WEIGHTS)], {"prose": 1})
+    rows = plan.rows(0, 12_000)
+    assert plan.end is None and np.bincount(rows.source)[1] == 700
+    assert rows.epoch[rows.source == 0].max() >= 1
+
+
 # ---------------------------------------------------------------------------------------- pieces
 
 

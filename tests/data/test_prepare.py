@@ -1,26 +1,28 @@
 """The Ray job: the same bytes as in one process, done once, and errors in one sentence."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from bitray.data import DataSettings, train_tokenizer
-from bitray.data.job import plan_job, run_job
-from bitray.data.prepare import prepare, prepared_identity
+from bitray.data.job import TOKENIZER, plan_job
+from bitray.data.preparation import run_job
+from bitray.data.prepare import on_ray, prepare, prepared_identity
 from bitray.data.units import in_process
 from bitray.settings import UserError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 TEXTS = [f"document {k} of many, {k * k} " + "word " * (k % 40) for k in range(400)]
-TOKENIZER = train_tokenizer(TEXTS, 265)
+TOKENIZER_OF_TEXTS = train_tokenizer(TEXTS, 265)
 
 
 @pytest.fixture
 def tokenizer(tmp_path) -> str:
     folder = tmp_path / "tokenizer"
-    TOKENIZER.save_pretrained(folder)
+    TOKENIZER_OF_TEXTS.save_pretrained(folder)
     (folder / "config.json").write_text('{"model_type": "llama"}')  # a model's folder
     return str(folder)
 
@@ -47,7 +49,7 @@ def test_it_does_its_work_once_and_as_one_process_would(data, tokenizer, tmp_pat
     root, alone = tmp_path / "root", tmp_path / "alone"
     manifest = prepare(data, tokenizer, 64, str(root))
     assert "tokens/s" in capsys.readouterr().out
-    run_job(plan_job(data, TOKENIZER, 64, str(alone)), in_process)
+    run_job(plan_job(data, TOKENIZER_OF_TEXTS, 64, str(alone)), in_process)
     assert contents(root) == contents(alone)
     assert len(list(root.glob("files/unit-*.json"))) > 2
 
@@ -68,3 +70,20 @@ def test_a_damaged_file_stops_it_with_one_sentence_and_loses_nothing(data, token
     broken.unlink()
     manifest = prepare(data, tokenizer, 64, str(tmp_path / "root"))
     assert manifest.sources["files"].input_rows == len(TEXTS)
+
+
+@pytest.mark.parametrize(("reserved", "used"), [(1.5, 0.5), (2.0, 0.0)])
+def test_beside_training_it_takes_what_is_left_and_ends_when_told(data, tmp_path, reserved, used):
+    import ray
+
+    job = plan_job(data, TOKENIZER_OF_TEXTS, 64, str(tmp_path / "root"))
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / TOKENIZER).write_text(job.backend)
+    units = on_ray(job, job.units, reserved)
+    next(units)
+    assert 2 - ray.available_resources().get("CPU", 0.0) <= used
+    units.close()
+    patience = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != 2:
+        assert time.monotonic() < patience, "its actors are still there"
+        time.sleep(0.1)

@@ -1,5 +1,6 @@
 """Shards give back the rows that were written, in any order, and notice damage."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from bitray import storage
 from bitray.data import Manifest, Row, Shards, held_out
 from bitray.data import shards as module
-from bitray.data.manifest import Counts, Shard, SourceManifest
+from bitray.data.manifest import Counts, Shard, SourceManifest, read_manifest, write_manifest
 from bitray.data.shards import ShardWriter
 from bitray.models.batch import PackedRows
 from bitray.settings import UserError
@@ -36,7 +37,8 @@ def written(root: str, shards: list[list[Row]]) -> Manifest:
         data = writer.close()
         name = f"s/train-{number:06d}.arrow"
         storage.write_bytes(storage.join(root, name), data.to_pybytes())
-        found.append(Shard(name=name, rows=len(rows), size=data.size, sha256="0" * 64))
+        digest = hashlib.sha256(data).hexdigest()
+        found.append(Shard(name=name, rows=len(rows), size=data.size, sha256=digest))
     total = sum(map(len, shards))
     counts = Counts(documents=3 * total, tokens=9 * total, rows=total, shards=tuple(found))
     splits = {"train": counts, "probe": Counts(), "validation": Counts()}
@@ -114,3 +116,37 @@ def test_held_out_rows_are_spread_over_each_source(tmp_path):
     assert held_out(shards, "validation") == {}
     assert_equal(held_out(shards, "train")["s"], rows)
     assert_equal(held_out(shards, "train", max_rows=3)["s"], rows[::2])
+
+
+def test_a_shard_of_other_bytes_is_found_out_at_its_first_row(tmp_path):
+    shards = Shards(str(tmp_path), written(str(tmp_path), [some_rows(5, 0), some_rows(5, 1)]))
+    path = tmp_path / "s/train-000001.arrow"
+    data = bytearray(path.read_bytes())
+    data[-200] ^= 1
+    path.write_bytes(bytes(data))
+    shards.read("s", "train", [4])
+    with pytest.raises(UserError, match=r"train-000001\.arrow is .*its sha256 is not"):
+        shards.read("s", "train", [5])
+
+
+def test_rows_that_are_prepared_later_are_found(tmp_path):
+    """As a reader does that was opened early; what is held out stays what it was."""
+    root, rows = str(tmp_path), some_rows(9, 0)
+    whole = written(root, [rows[:4], rows[4:]])
+    source = whole.sources["s"]
+    first = source.splits["train"].shards[:1]
+    opening = {"train": Counts(rows=4, tokens=36, documents=12)}
+    begun = {**source.splits, "train": opening["train"].model_copy(update={"shards": first})}
+
+    def manifest(splits, done):
+        sources = {"s": SourceManifest(splits=splits, opening=opening, done=done)}
+        return whole.model_copy(update={"sources": sources})
+
+    write_manifest(root, manifest(begun, False))
+    shards = Shards(root, read_manifest(root))
+    with pytest.raises(IndexError, match="4 rows"):
+        shards.read("s", "train", [4])
+    assert_equal(held_out(shards, "train", 2)["s"], rows[:4:2])
+    write_manifest(root, manifest(source.splits, True))
+    assert_equal(shards.read("s", "train", [8, 0]), [rows[8], rows[0]])
+    assert_equal(held_out(Shards(root, read_manifest(root)), "train", 2)["s"], rows[:4:2])

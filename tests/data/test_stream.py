@@ -237,16 +237,21 @@ def test_every_ticket_once_and_in_order_through_decisions_and_a_killed_worker(
     tmp_path: Path,
 ) -> None:
     """Two stages in one fit, the second with three tickets a step for two workers. A worker is
-    killed after a decision that no checkpoint holds: it is dropped and taken again."""
+    killed after a decision that no checkpoint holds: it is dropped and taken again. A phase of the
+    second stage begins between its decisions."""
     manifest = prepared(tmp_path / "rows")
     one = stage(manifest, steps=40, period=10)
-    two = stage(manifest, steps=60, period=8, tickets_per_step=3, lead=6, after="one")
+    phases = ((25, {"b": 1.0}),)
+    two = stage(
+        manifest, steps=60, period=8, tickets_per_step=3, lead=6, after="one", phases=phases
+    )
     fit(tmp_path, manifest, {"one": one, "two": two}, kill_worker=["two", 33, 1])
     assert (tmp_path / "killed").exists()
     assert check(tmp_path, one, "one") == 0
     # Steps 30 to 32 were lost with the worker; the other one may have begun step 33.
     assert 3 * 3 <= check(tmp_path, two, "two") <= 4 * 3
-    assert [entry.step for entry in journal(tmp_path, "two")] == [-1, *range(8, 60, 8)]
+    decided = [-1, 8, 16, 25 - 6, *range(24, 60, 8)]  # a phase is known as if it were decided
+    assert [entry.step for entry in journal(tmp_path, "two")] == decided
     ends = MixturePlan(0, one.sizes, journal(tmp_path, "one")).cursors(one.end)
     assert journal(tmp_path, "two")[0].cursors == ends
 

@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from bitray.data import DataSettings, Manifest, Shards, documents, train_tokenizer
-from bitray.data.job import Job, check_same, finished, plan_job, run_job
+from bitray.data.job import Job, check_same, finished, plan_job
 from bitray.data.manifest import SPLITS, read_manifest
+from bitray.data.preparation import run_job
 from bitray.data.settings import HeldOut
 from bitray.data.tokenizer import Encoder
 from bitray.data.units import in_process, run_unit, split_of

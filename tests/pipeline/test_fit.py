@@ -1,21 +1,90 @@
-"""What the stream of a stage is told: the same order of rows, however many workers there are."""
+"""What a stage's stream is told, before any worker starts; nothing of Ray runs here."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from bitray import Config
-from bitray.data.manifest import SPLITS, Counts, Manifest, SourceManifest
+from bitray.data.manifest import Counts, Manifest, SourceManifest
+from bitray.data.plan import SourceSize
 from bitray.data.tickets import least_lead
-from bitray.pipeline.fit import BUNDLE, stage_mixture
+from bitray.pipeline.fit import BUNDLE, check_enough, grown, stage_mixture, streams
+from bitray.pipeline.material import RowKind
+from bitray.settings import UserError
+
+NAMES = ("code", "prose", "arithmetic")
+PHASES = (
+    "stages.stage2.mixture_phases=[{until: 0.2, weights: {prose: 1.0}},"
+    " {until: 0.201, weights: {arithmetic: 1.0}}, {until: 1.0, weights: {code: 1.0, prose: 3.0}}]"
+)
 
 
-def manifest(config: Config) -> Manifest:
-    splits = {split: Counts(documents=9, tokens=900, rows=20) for split in SPLITS}
+def manifest(rows: int = 1000, done: bool = True) -> Manifest:
+    counts = Counts(documents=rows, tokens=200 * rows, rows=rows)
+    splits = {"train": counts, "probe": Counts(), "validation": Counts()}
+    sources = {name: SourceManifest(splits=splits, done=done) for name in NAMES}
     return Manifest(
-        job="x", length=64, group_rows=4, tokenizer="t", vocab_size=9, eos_token_id=0,
-        made_from={}, sources={name: SourceManifest(splits=splits) for name in config.data.sources},
+        job="m", length=256, group_rows=1, tokenizer="t", vocab_size=9, eos_token_id=0,
+        made_from={}, sources=sources,
     )  # fmt: skip
+
+
+def flows_of(tmp_path: Path, *words: str, rows: int = 1000, done: bool = True) -> dict:
+    config = Config.load(overrides=[f"output_dir={tmp_path}", *words])
+    kind = RowKind(256, True)
+    return streams(config, {kind: manifest(rows, done)}, {kind: "/rows"}, "actor")
+
+
+def test_phases_begin_at_their_share_of_the_steps(tmp_path: Path) -> None:
+    """90 steps: the second phase has none, the third begins after 18."""
+    flows = flows_of(tmp_path, PHASES)
+    stage = flows["stage2"].mixture
+    assert stage.weights == {"prose": 1.0}
+    assert stage.phases == ((18, {"code": 1.0, "prose": 3.0}),)
+    assert flows["stage1_9"].mixture.phases == ()
+    assert flows["stage1_9"].mixture.weights == pytest.approx(
+        {"code": 0.4, "prose": 0.3, "arithmetic": 0.3}
+    )
+
+
+@pytest.mark.parametrize(
+    ("phases", "said"),
+    [
+        ("[{until: 0.5, weights: {code: 1}}]", "mixture_phases end at 0.5 of the stage.*1.0"),
+        ("[{until: 0.5, weights: {code: 1}}, {until: 0.4, weights: {code: 1}}]", "above the one"),
+        ("[{until: 1.0, weights: {prosa: 1}}]", r"no source 'prosa' \(nearest: 'prose'\)"),
+        ("[{until: 1.0, weights: {code: 0}}]", "mixture_phases.0.weights: they sum to zero"),
+    ],
+)
+def test_phases_that_mean_nothing_are_refused(phases: str, said: str) -> None:
+    with pytest.raises(UserError, match=said) as error:
+        Config.load(overrides=[f"training.mixture_phases={phases}"])
+    assert "Traceback" not in str(error.value)
+
+
+def test_too_few_rows_are_refused_with_what_would_do(tmp_path: Path) -> None:
+    """Stage 0 takes 350 steps of 8 rows, 1.9 and 2 take 30 and 90."""
+    check_enough(flows_of(tmp_path, "data.max_epochs=2"))
+    check_enough(flows_of(tmp_path, "data.max_epochs=1", rows=1254))
+    with pytest.raises(UserError, match=r"^stages.stage2: .*at most 70 steps, or .*max_epochs=2$"):
+        check_enough(flows_of(tmp_path, "data.max_epochs=1", rows=1200))
+    unknown = flows_of(tmp_path, "data.max_epochs=1", rows=1200, done=False)
+    check_enough(unknown)
+    with pytest.raises(UserError, match="at most 70 steps"):
+        check_enough(grown(unknown, {"m": dict.fromkeys(NAMES, SourceSize(1200, 240_000))}))
+    one = flows_of(tmp_path, "data.max_epochs=1", "data.sources.code.max_epochs=9", rows=1200)
+    check_enough(one)
+
+
+def test_a_stage_after_one_that_is_left_out_begins_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flows = flows_of(tmp_path)
+    assert [flow.mixture.after for flow in flows.values()] == [None, "stage0", "stage1_9"]
+    monkeypatch.setattr("bitray.pipeline.fit.skipped_by_name", lambda _: ["stage0", "stage1"])
+    flows = flows_of(tmp_path)
+    assert [flow.mixture.after for flow in flows.values()] == [None, None, "stage1_9"]
 
 
 @pytest.mark.parametrize("tickets", [1, 3, 8])
@@ -27,7 +96,7 @@ def test_only_the_size_of_bundles_depends_on_the_number_of_workers(
     for workers in range(1, 9):
         said = (f"scaling.num_workers={workers}", f"training.gradient_accumulation_steps={tickets}")
         config = configured("any", *said)
-        mixture = stage_mixture(config, "stage2", manifest(config))
+        mixture = stage_mixture(config, "stage2", manifest())
         assert mixture.lead >= least_lead(mixture.bundle, workers, tickets)
         values = mixture.to_json()
         assert 1 <= values.pop("bundle") <= BUNDLE and values.pop("max_workers") == workers

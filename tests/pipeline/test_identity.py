@@ -14,24 +14,24 @@ def config(folder: Path, *words: str) -> Config:
 
 
 def test_another_run_is_refused_with_what_differs(tmp_path: Path) -> None:
-    claim(config(tmp_path), {"256": "a"})
+    claim(config(tmp_path), {"256": {"source 'a'": "a"}})
     (tmp_path / "mine" / "stage0_checkpoint").mkdir()
     before = (tmp_path / "mine" / "fingerprint.json").read_bytes()
     with pytest.raises(UserError, match=r"data\.seed: 0 there, 5 now") as caught:
-        claim(config(tmp_path, "data.seed=5"), {"256": "b"})
-    assert "prepared rows.256: 'a' there, 'b' now" in str(caught.value)
+        claim(config(tmp_path, "data.seed=5"), {"256": {"source 'a'": "b"}})
+    assert "prepared rows.256.source 'a': 'a' there, 'b' now" in str(caught.value)
     assert (tmp_path / "mine" / "fingerprint.json").read_bytes() == before
-    assert claim(config(tmp_path, "data.seed=5", "resume.fork=true"), {"256": "b"})
+    assert claim(config(tmp_path, "data.seed=5", "resume.fork=true"), {"256": {"source 'a'": "b"}})
 
 
 def test_what_changes_no_result_is_the_same_run(tmp_path: Path) -> None:
-    first = claim(config(tmp_path), {"256": "a"})
+    first = claim(config(tmp_path), {"256": {"source 'a'": "a"}})
     (tmp_path / "mine" / "stage0_checkpoint").mkdir()
     words = ["scaling.num_workers=1", "training.log_every=3", "export.gguf=[]"]
-    assert claim(config(tmp_path, *words), {"256": "a"}) == first
+    assert claim(config(tmp_path, *words), {"256": {"source 'a'": "a"}}) == first
 
 
 def test_a_run_that_never_began_may_become_another(tmp_path: Path) -> None:
     """Its data could not be read, say; the user takes the bad file away and tries again."""
-    first = claim(config(tmp_path), {"256": "a"})
-    assert claim(config(tmp_path), {"256": "without the bad file"}) != first
+    first = claim(config(tmp_path), {"256": {"source 'a'": "a"}})
+    assert claim(config(tmp_path), {"256": {"source 'a'": "without the bad file"}}) != first
