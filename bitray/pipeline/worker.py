@@ -132,7 +132,9 @@ class Stage:
                 loop.run(tickets)
             except DataEnded:  # preparing it has failed, or was stopped as this is
                 loop.stopped = True
-                self.on_save(loop)
+                here = self.folder.step(loop.position.step)
+                if loop.position.step and not from_rank_zero(lambda: checkpoint.is_complete(here)):
+                    self.on_save(loop)
             tickets.close()
         if not loop.stopped:
             self.finish(loop)
