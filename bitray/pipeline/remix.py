@@ -22,6 +22,7 @@ def remixing(
     config: Config,
     stage: str,
     shards: Shards,
+    *,
     on_decision: Decide,
     current: Callable[[], Mapping[str, float]],
     say: Callable[[str], None],

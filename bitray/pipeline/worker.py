@@ -207,7 +207,12 @@ class Stage:
         )
         weights = partial(from_rank_zero, self.weights)
         self.influence = remixing(
-            self.config, self.name, self.shards, self.decided, weights, self.say
+            self.config,
+            self.name,
+            self.shards,
+            on_decision=self.decided,
+            current=weights,
+            say=self.say,
         )
         if self.influence is not None:
             if data and found:
