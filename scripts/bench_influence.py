@@ -1,7 +1,7 @@
 """Does remixing by influence find the mixture? A closed loop with known good and bad sources.
 
 A tiny ternary model is to become good at held-out Python code, and may train on: code, near
-duplicates of a tenth of it, code and prose by turns, prose, arithmetic, tables of numbers, code
+duplicates of a fiftieth of it, prose with some code between, prose, arithmetic, tables of numbers, code
 with its tokens shuffled, and random tokens. Reported, per seed: weights over time, how much of the
 gap between the uniform and the best static mixture (within the same bounds) is closed, how well
 scores rank sources by what up-weighting them really does. Then what measuring costs, and negative
@@ -96,10 +96,10 @@ class Corpus:
         self.shards.add("probe", held[::2])
         self.shards.add("validation", held[1::2])
         self.shards.add("code", code)
-        self.shards.add("near", _near_duplicates(code[: len(code) // 10], len(code), draw))
+        self.shards.add("near", _near_duplicates(code[: len(code) // 50], len(code), draw))
         prose = self._tokens(texts["prose"])
-        turns = [one for pair in zip(code, prose, strict=False) for one in pair]
-        self.shards.add("mixed", turns)
+        fourth = [d for k, one in enumerate(prose) for d in (one, *code[k // 3 : k // 3 + (k % 3 == 0)])]
+        self.shards.add("mixed", fourth)
         self.shards.add("prose", prose)
         for domain in ("arithmetic", "tables"):
             self.shards.add(domain, self._tokens(texts[domain]))

@@ -35,12 +35,13 @@ from torch.utils.data import DataLoader
 
 from bitray import Config
 from bitray.data.actor import mixture_actor
-from bitray.data.job import plan_job, run_job
+from bitray.data.job import plan_job
 from bitray.data.manifest import Manifest
 from bitray.data.mixture import Mixture, StageMixture
 from bitray.data.packing import pack
 from bitray.data.plan import MixturePlan, SourceSize, opening
 from bitray.data.plan import _quotas as known_quotas
+from bitray.data.preparation import run_job
 from bitray.data.prepare import prepare
 from bitray.data.reader import PlanReader
 from bitray.data.shards import Shards

@@ -26,7 +26,7 @@ class Weighting(NamedTuple):
     """In multiples of 1 / UNIT."""
 
 
-Draw = tuple[int, int]
+Draw = tuple[int, ...]
 """Number of the source, and how many rows it has given before."""
 
 
@@ -36,7 +36,7 @@ class Order:
     def __init__(
         self,
         seed: int,
-        sizes: Mapping[str, tuple[int, int]],
+        sizes: Mapping[str, tuple[int, ...]],
         weightings: Sequence[Weighting],
         cursors: Sequence[int],
         max_epochs: int | None,
@@ -64,14 +64,14 @@ class Order:
 
 def _walk(
     seed: int,
-    sizes: Sequence[tuple[int, int]],
+    sizes: Sequence[tuple[int, ...]],
     weightings: Sequence[Weighting],
     cursors: Sequence[int],
     max_epochs: int | None,
 ) -> Iterator[Draw]:
     given = list(cursors)
     owed = [Fraction(0)] * len(sizes)
-    room = [math.inf if max_epochs is None else rows * max_epochs for rows, _ in sizes]
+    room = [math.inf if max_epochs is None else rows * max_epochs for rows, *_ in sizes]
     row = 0
     ends = [each.first_row for each in weightings[1:]]
     for version, (weighting, end) in enumerate(zip(weightings, [*ends, math.inf], strict=True)):
@@ -95,12 +95,12 @@ def _walk(
 
 
 def _row_shares(
-    weights: Sequence[int], sizes: Sequence[tuple[int, int]], left: Sequence[bool]
+    weights: Sequence[int], sizes: Sequence[tuple[int, ...]], left: Sequence[bool]
 ) -> list[Fraction]:
     """Shares of rows that give these shares of tokens, among the sources with rows left."""
     demand = [
         Fraction(weight * rows, tokens) if weight and more else Fraction(0)
-        for weight, (rows, tokens), more in zip(weights, sizes, left, strict=True)
+        for weight, (rows, tokens, *_), more in zip(weights, sizes, left, strict=True)
     ]
     if not any(demand):
         return demand

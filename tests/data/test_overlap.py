@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from bitray.data import DataSettings, Manifest, train_tokenizer
-from bitray.data.job import plan_job, run_job
+from bitray.data.job import plan_job
 from bitray.data.overlap import NAME, Overlap, overlap
+from bitray.data.preparation import run_job
 from bitray.data.settings import HeldOut, OverlapSettings
 from bitray.data.units import in_process, split_of
 

@@ -48,6 +48,7 @@ def result_of(job: Job, unit: Unit, rows: int) -> UnitResult:
     }  # fmt: skip
     return UnitResult(
         job=job.identity, source=unit.source, number=number, input_rows=rows, empty=0,
+        filtered=0, cut=False,
         skipped=Skipped(), splits=splits,
     )  # fmt: skip
 

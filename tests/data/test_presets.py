@@ -12,7 +12,8 @@ from hub_server import Hub
 
 from bitray import Config
 from bitray.data import DataSettings, Manifest, Shards, train_tokenizer
-from bitray.data.job import plan_job, run_job
+from bitray.data.job import plan_job
+from bitray.data.preparation import run_job
 from bitray.data.units import in_process
 from bitray.models.batch import IGNORED
 
