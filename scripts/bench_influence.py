@@ -171,7 +171,7 @@ class Experiment:
             {
                 "max_steps": steps, "batch_size": 16, "gradient_accumulation_steps": accumulation,
                 "max_seq_length": LENGTH, "log_every": 10**9, "seed": seed,
-                "optimizer": {"lr": 2e-3, "weight_decay": 0.0},
+                "optimizer": {"lr": 3e-3, "weight_decay": 0.0},
                 "schedule": {"warmup_steps": 10}, "lambda_warmup": {"enabled": False},
                 "influence": influence,
             }

@@ -22,6 +22,7 @@ from bitray.models.loading import (
 )
 from bitray.pipeline.config import Config
 from bitray.pipeline.folders import StageFolder, named_checkpoint
+from bitray.pipeline.remix import schedule_of_mixture
 from bitray.pipeline.report import Table
 from bitray.settings import UserError, listed
 
@@ -129,10 +130,12 @@ class Memory:
     optimizer: float
     teacher: float
     activations: float
+    influence: float
+    """Gradients that are compared."""
 
     @property
     def total(self) -> float:
-        return self.masters + self.gradients + self.optimizer + self.teacher + self.activations
+        return sum(vars(self).values())
 
 
 def memory(config: Config, stage: str, parameters: int, model: PreTrainedModel) -> Memory:
@@ -147,12 +150,18 @@ def memory(config: Config, stage: str, parameters: int, model: PreTrainedModel) 
         per_token = shape.hidden_size
     chunk = min(tokens, settings.logits_chunk or 2048) * shape.vocab_size * 4 * 3
     share = parameters / scaling.num_workers
+    compared = 0
+    if config.influence_interval(stage):
+        compared = len(config.probes(stage)) + settings.influence.groups * len(
+            config.data.remixed()
+        )
     return Memory(
         masters=4 * share,
         gradients=4 * share,
         optimizer=8 * share,
         teacher=low * float(parameters) if settings.objectives.needs_teacher else 0.0,
         activations=float(low * tokens * per_token * shape.num_hidden_layers + chunk),
+        influence=4 * share * settings.influence.depth * compared,
     )
 
 
@@ -166,6 +175,7 @@ def plan(config: Config) -> str:
     rows = [_row(config, name, parameters, model) for name in config.stages]
     check_model(config, model, known)
     header = ("stage", "steps", "tokens", "workers", "learning rate", "memory/worker", "starts at")
+    remixes = [line for name in config.stages for line in schedule_of_mixture(config, name)]
     checkpoints = 12 * parameters * sum(s.keep_last + 2 for s in config.stages.values()) / GB
     lines = [
         f"run       {config.run_dir}",
@@ -179,6 +189,7 @@ def plan(config: Config) -> str:
         f"storage   up to {checkpoints:.3g} GB of checkpoints",
         "",
         Table(header, rows).text(),
+        *remixes,
         "",
         "nothing was trained (--dry-run)",
     ]

@@ -42,6 +42,24 @@ def remixing(
     )
 
 
+def schedule_of_mixture(config: Config, stage: str) -> list[str]:
+    """When the mixture of a stage changes, a line for each way."""
+    settings, interval = config.stages[stage], config.influence_interval(stage)
+    lines = []
+    for phase in settings.mixture_phases if settings.total_steps else ():
+        shares = ", ".join(f"{name} {weight:g}" for name, weight in phase.weights.items())
+        lines.append(f"mixture   {stage} until {phase.until:.0%} of its steps: {shares}")
+    if interval:
+        given = settings.influence
+        updates = given.updates(interval, settings.total_steps)
+        lines.append(
+            f"influence {stage}: {given.method}, {updates} decisions, the first at step "
+            f"{given.first(interval)}, then every {interval}; probes: "
+            f"{', '.join(config.probes(stage))}"
+        )
+    return lines
+
+
 def few_updates(config: Config, stage: str) -> str | None:
     """A sentence where a stage is too short for its influence to get anywhere."""
     interval, settings = config.influence_interval(stage), config.stages[stage]
