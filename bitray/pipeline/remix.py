@@ -97,7 +97,8 @@ def _groups(config: Config, stage: str, shards: Shards) -> Callable[[str, int], 
 
     def groups(source: str, number: int) -> list[Batch]:
         cursor = number * size + np.arange(size)
-        total = np.full(size, shards.num_rows(source))
+        # of the opening, so that they do not depend on how far preparing has come
+        total = np.full(size, shards.manifest.sources[source].opened("train").rows)
         key = np.full(size, key_of(config.data.seed, "influence", stage, source))
         rows = shards.read(source, "train", place(cursor, total, key)[1])
         each = settings.group_rows

@@ -224,10 +224,19 @@ class Stage:
     def decided(
         self, step: int, weights: Mapping[str, float] | None, notes: Mapping[str, Any]
     ) -> None:
-        """Have a decision about the mixture recorded."""
-        if world()[0] == 0:
+        """Have a decision about the mixture recorded. If it is refused, all workers are told: one
+        that stopped alone would leave the others waiting for it."""
+
+        def refused() -> str | None:
             actor: Any = ray.get_actor(self.job.streams[self.name].actor)
-            ray.get(actor.set_weights.remote(self.name, step, weights, notes))
+            try:
+                ray.get(actor.set_weights.remote(self.name, step, weights, notes))
+            except UserError as error:
+                return str(getattr(error, "cause", error))  # without Ray's account of where
+            return None
+
+        if reason := from_rank_zero(refused):
+            raise UserError(reason)
 
     def weights(self) -> dict[str, float]:
         """Of the sources that are remixed, as the journal has them last: a decision's, or those of

@@ -45,8 +45,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+Phases = tuple[tuple[int, dict[str, float]], ...]
+
+
 class Run:
     """A loop over a mixture, with influence."""
+
+    phases: Phases = ()
 
     def __init__(self, method: str = "cosine", seed: int = 0, **influence: Any) -> None:
         self.settings = TrainingSettings.model_validate(
@@ -83,7 +88,7 @@ class Run:
             seed=0, manifest="m", sizes=SHARDS.sizes, length=LENGTH,
             weights=dict.fromkeys(SOURCES, 1.0), steps=STEPS, rows_per_ticket=3,
             tickets_per_step=3, bundle=1, lead=4, max_workers=4, period=4, first_decision=4,
-            bounds=(0.05, 0.60),
+            bounds=(0.05, 0.60), phases=self.phases,
         )  # fmt: skip
         return Mixture.opened(stage, 1, held)
 
@@ -229,6 +234,25 @@ def test_decisions_are_logged_and_noted() -> None:
         assert f"influence/datainf_a_{source}" in found[-1]
     assert sum(entries[-1].weights) == 4096
     assert all(0.05 * 4096 <= w <= 0.6 * 4096 for w in entries[-1].weights)
+
+
+def test_it_goes_on_from_the_weights_that_a_phase_has_set() -> None:
+    """A phase begins with step 11: 4 steps ahead, that is between the decisions of 4 and 8."""
+
+    class Curriculum(Run):
+        phases = ((11, {"a": 0.2, "b": 0.5, "c": 0.3}),)
+
+    run = Curriculum(learning_rate=0.01)
+    run.hook.current = lambda: {
+        name: w / 4096
+        for name, w in zip(SOURCES, run.mixture.plan.journal[-1].weights, strict=True)
+    }
+    run.train(until=9)
+    found = {e.step: np.array(e.weights) / 4096 for e in run.mixture.plan.journal}
+    assert list(found) == [-1, 4, 7, 8]
+    assert np.abs(found[4] - 1 / 3).max() < 0.01
+    assert found[7] == pytest.approx([0.2, 0.5, 0.3], abs=1e-3)
+    assert 0 < np.abs(found[8] - found[7]).max() < 0.01
 
 
 def test_losses_by_source_add_up_to_the_loss() -> None:
