@@ -1,12 +1,12 @@
 """Does remixing by influence find the mixture? A closed loop with known good and bad sources.
 
 A tiny ternary model is to become good at held-out Python code, and may train on: code, near
-duplicates of a fiftieth of it, prose with some code between, prose, arithmetic, tables of numbers, code
-with its tokens shuffled, and random tokens. Reported, per seed: weights over time, how much of the
-gap between the uniform and the best static mixture (within the same bounds) is closed, how well
-scores rank sources by what up-weighting them really does. Then what measuring costs, and negative
-controls: sources that are all alike, and sources in another order. No Ray: rows are planned and
-read in this process.
+duplicates of a fiftieth of it, prose with some code between, prose, arithmetic, tables of numbers,
+code with its tokens shuffled, and random tokens. Reported, per seed: weights over time, how much of
+the gap between the uniform and the best static mixture (within the same bounds) is closed, and how
+well scores rank sources by what up-weighting them does to the next steps. Then what measuring
+costs, and negative controls: sources that are all alike, and sources in another order. No Ray: rows
+are planned and read in this process.
 
   python scripts/bench_influence.py --seeds 1 2 3
 """
@@ -98,8 +98,10 @@ class Corpus:
         self.shards.add("code", code)
         self.shards.add("near", _near_duplicates(code[: len(code) // 50], len(code), draw))
         prose = self._tokens(texts["prose"])
-        fourth = [d for k, one in enumerate(prose) for d in (one, *code[k // 3 : k // 3 + (k % 3 == 0)])]
-        self.shards.add("mixed", fourth)
+        mixed = list(prose)
+        for k, piece in enumerate(code[: -(-len(prose) // 3)]):
+            mixed.insert(4 * k + 1, piece)
+        self.shards.add("mixed", mixed)
         self.shards.add("prose", prose)
         for domain in ("arithmetic", "tables"):
             self.shards.add(domain, self._tokens(texts[domain]))
@@ -185,9 +187,10 @@ class Experiment:
         remix: bool = False,
         start: Trained | None = None,
         steps: int | None = None,
+        order: int = 0,
     ) -> Trained:
         """Train on these weights, or from them on with influence; from the start or where another
-        run stands; to the end or for some steps."""
+        run stands; to the end or for some steps; in one or another order of rows."""
         given = self.settings
         influence = given.influence
         model = LossModel(copy.deepcopy(start.loop.model.model if start else self.model))
@@ -196,7 +199,7 @@ class Experiment:
             optimizer.load_state_dict(copy.deepcopy(start.loop.optimizer.state_dict()))
         names = tuple(weights)
         interval = influence.interval(1, len(names), given.rows_per_step)
-        mixture = Mixture.opened(self.stage(weights, interval if remix else None), 1, None)
+        mixture = Mixture.opened(self.stage(weights, interval if remix else None, order), 1, None)
         loop = Loop("bench", model, optimizer, given, CPU, EXACT, sources=names)
         done = Trained(loop, mixture)
         loop.sinks = [done]
@@ -213,10 +216,10 @@ class Experiment:
         done.loss = self.loss(model)
         return done
 
-    def stage(self, weights: Mapping[str, float], interval: int | None) -> StageMixture:
+    def stage(self, weights: Mapping[str, float], interval: int | None, order: int) -> StageMixture:
         given, influence = self.settings, self.settings.influence
         return StageMixture(
-            seed=self.seed,
+            seed=self.seed + 1000 * order,
             manifest="memory",
             sizes=self.corpus.shards.sizes(tuple(weights)),
             length=LENGTH,
@@ -300,14 +303,18 @@ def best_static(made: Experiment, sources: Sequence[str]) -> dict[str, float]:
 
 
 def up_weighting(made: Experiment, sources: Sequence[str], at: Trained, steps: int) -> list[float]:
-    """By how much more weight on each source, for some steps, lowers the held-out loss."""
-    plain = made.run(uniform(sources), start=at, steps=steps).loss
-    gains = []
-    for source in sources:
-        weights = {name: 0.8 / len(sources) for name in sources}
-        weights[source] += 0.2
-        gains.append(plain - made.run(weights, start=at, steps=steps).loss)
-    return gains
+    """By how much more weight on each source lowers the held-out loss over the next steps; the mean
+    over three orders of rows."""
+
+    def loss(weights: Mapping[str, float]) -> float:
+        orders = range(1, 4)
+        return float(
+            np.mean([made.run(weights, start=at, steps=steps, order=o).loss for o in orders])
+        )
+
+    plain = loss(uniform(sources))
+    more = {name: dict.fromkeys(sources, 0.8 / len(sources)) for name in sources}
+    return [plain - loss(more[name] | {name: 0.8 / len(sources) + 0.2}) for name in sources]
 
 
 def scores_at(made: Experiment, sources: Sequence[str], at: Trained) -> list[float]:
@@ -361,7 +368,7 @@ def question(corpus: Corpus, seed: int, given: argparse.Namespace) -> Verdict:
     sources = corpus.sources
     at = made.run(uniform(sources), steps=given.warmup)
     scores = scores_at(made, sources, at)
-    gains = up_weighting(made, sources, at, given.warmup // 5)
+    gains = up_weighting(made, sources, at, given.warmup // 20)
     print(_printed(sources, {"score": scores, "gain of up-weighting": gains}), flush=True)
     even = made.run(uniform(sources))
     remixed = made.run(uniform(sources), remix=True)
@@ -425,8 +432,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--warmup", type=int, default=150, help="steps before the first update")
-    parser.add_argument("--interval", type=int, default=15, help="steps between updates")
+    parser.add_argument("--warmup", type=int, default=180, help="steps before the first update")
+    parser.add_argument("--interval", type=int, default=12, help="steps between updates")
     parser.add_argument("--method", default="cosine", choices=("cosine", "datainf", "dot"))
     parser.add_argument("--bytes", type=int, default=300_000, help="of each embedded domain")
     parser.add_argument("--no-overhead", action="store_true", help="leave that measurement out")
