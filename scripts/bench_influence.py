@@ -412,10 +412,12 @@ def overhead(corpus: Corpus, seed: int) -> float:
 
 
 def settings(given: argparse.Namespace) -> dict[str, Any]:
-    """Updates often, for a short run; all else is the default."""
+    """Updates often, for a short run, of as many rows as are some thousand tokens of a source, for
+    rows are short here; all else is the default."""
     return {
         "enabled": True, "method": given.method, "budget": 99.0,
         "warmup_steps": given.warmup, "update_interval": given.interval,
+        "probe_rows": 128, "group_rows": 12,
     }  # fmt: skip
 
 

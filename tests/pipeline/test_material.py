@@ -87,6 +87,8 @@ def steps(config: Config) -> list[dict[str, Any]]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow  # a window has 65,536 rows
+@pytest.mark.timeout(1800)
 @pytest.mark.usefixtures("ray_cluster")
 def test_training_begins_before_preparing_ends_and_survives_its_failure(
     config: Config, monkeypatch: pytest.MonkeyPatch
