@@ -433,8 +433,8 @@ def main() -> int:
     """Print the figures; 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--warmup", type=int, default=180, help="steps before the first update")
+    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--warmup", type=int, default=240, help="steps before the first update")
     parser.add_argument("--interval", type=int, default=12, help="steps between updates")
     parser.add_argument("--method", default="cosine", choices=("cosine", "datainf", "dot"))
     parser.add_argument("--bytes", type=int, default=300_000, help="of each embedded domain")
