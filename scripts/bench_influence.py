@@ -368,7 +368,7 @@ def question(corpus: Corpus, seed: int, given: argparse.Namespace) -> Verdict:
     sources = corpus.sources
     at = made.run(uniform(sources), steps=given.warmup)
     scores = scores_at(made, sources, at)
-    gains = up_weighting(made, sources, at, given.warmup // 20)
+    gains = up_weighting(made, sources, at, given.warmup // 30)
     print(_printed(sources, {"score": scores, "gain of up-weighting": gains}), flush=True)
     even = made.run(uniform(sources))
     remixed = made.run(uniform(sources), remix=True)
@@ -433,8 +433,8 @@ def main() -> int:
     """Print the figures; 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=700)
-    parser.add_argument("--warmup", type=int, default=240, help="steps before the first update")
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--warmup", type=int, default=210, help="steps before the first update")
     parser.add_argument("--interval", type=int, default=12, help="steps between updates")
     parser.add_argument("--method", default="cosine", choices=("cosine", "datainf", "dot"))
     parser.add_argument("--bytes", type=int, default=300_000, help="of each embedded domain")
