@@ -5,6 +5,7 @@ from typing import Any
 
 _HOMES = {
     "AdamW": "adamw",
+    "Muon": "muon",
     "Optimizer": "settings",
     "assert_partition": "groups",
     "clip_grad_norm": "clipping",

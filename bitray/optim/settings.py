@@ -1,6 +1,11 @@
 """The union of optimizers, told apart by `type`."""
 
-from bitray.optim.adamw import AdamW
+from typing import Annotated
 
-Optimizer = AdamW
-"""Tagged on `type`; pydantic wants no discriminator before there is a second member."""
+from pydantic import Field
+
+from bitray.optim.adamw import AdamW
+from bitray.optim.muon import Muon
+
+Optimizer = Annotated[AdamW | Muon, Field(discriminator="type")]
+"""A node that does not name its `type` is of the default's."""

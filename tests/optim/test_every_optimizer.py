@@ -7,10 +7,11 @@ from typing import Any, get_args
 import pytest
 import torch
 import two_workers
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from bitray.optim import Optimizer, clip_grad_norm, set_learning_rates
+from bitray.optim import AdamW, Optimizer, clip_grad_norm, set_learning_rates
+from bitray.settings import Settings
 
 
 def _members(union: Any) -> list[Any]:
@@ -22,9 +23,16 @@ def _members(union: Any) -> list[Any]:
 EVERY = {kind.model_fields["type"].default: kind for kind in _members(Optimizer)}
 
 
+class Holder(Settings):
+    """A node of settings as training has it."""
+
+    optimizer: Optimizer = AdamW()
+
+
 @pytest.fixture(params=sorted(EVERY))
 def settings(request: pytest.FixtureRequest) -> Any:
-    return EVERY[request.param](lr=1e-2)
+    kind = EVERY[request.param]
+    return kind(**{name: 1e-2 for name in ("lr", "adamw_lr") if name in kind.model_fields})
 
 
 def _train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
@@ -95,9 +103,11 @@ def test_two_fsdp_workers_agree_with_one(settings, tmp_path: Path):
 
 
 def test_the_type_is_a_name_that_exists():
-    assert TypeAdapter(Optimizer).validate_python({"lr": 0.1}).type == "adamw"
+    assert Holder.model_validate({"optimizer": {"lr": 0.1}}).optimizer.type == "adamw"
+    for name in EVERY:
+        assert Holder.model_validate({"optimizer": {"type": name}}).optimizer.type == name
     with pytest.raises(ValidationError):
-        TypeAdapter(Optimizer).validate_python({"type": "sgd"})
+        Holder.model_validate({"optimizer": {"type": "sgd"}})
 
 
 @pytest.mark.parametrize("lr", [0.0, -1.0, float("nan")])
