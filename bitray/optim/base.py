@@ -1,6 +1,6 @@
 """What optimizers share: settings, and two rules in one optimizer, one of them AdamW."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -71,6 +71,15 @@ class Mixed(torch.optim.Optimizer):
     def update(self, group: Group, params: list[nn.Parameter]) -> None:
         """A step of the matrices, all of which have a gradient."""
         raise NotImplementedError
+
+
+@runtime_checkable
+class Reports(Protocol):
+    """An optimizer that has something to log."""
+
+    def report(self) -> dict[str, float]:
+        """Metrics of the last step, alike on all workers."""
+        ...
 
 
 def adamw_update(group: Group, params: list[nn.Parameter], states: list[dict[str, Any]]) -> None:

@@ -92,10 +92,14 @@ def test_it_learns_and_strength_and_rates_follow_the_step(tmp_path: Path) -> Non
 
 
 def test_a_resumed_run_ends_bit_equal(tmp_path: Path) -> None:
-    """At every step: state is tensors and a step, everything else a function of the step."""
-    given = settings()
-    whole = loop(given)
+    """At every step: state is tensors and a position, everything else a function of the step."""
+    given = settings(
+        zclip={"enabled": True, "warmup_steps": 2, "threshold": 0.1}, max_grad_norm=None
+    )
+    clipped = Keep("train/zclipped_steps")
+    whole = loop(given, sinks=[clipped])
     whole.run(tickets())
+    assert sum(clipped.values) > 0
     for stop in (1, 3, 7):
         directory = str(tmp_path / f"{stop}")
         half = loop(given)
