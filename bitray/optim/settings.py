@@ -11,5 +11,7 @@ from bitray.optim.apollo_mini import ApolloMini
 from bitray.optim.muon import Muon
 from bitray.optim.muonclip import MuonClip
 
-Optimizer = Annotated[AdamW | AdamW8bit | Apollo | ApolloMini | Muon | MuonClip, Field(discriminator="type")]
+Optimizer = Annotated[
+    AdamW | AdamW8bit | Apollo | ApolloMini | Muon | MuonClip, Field(discriminator="type")
+]
 """A node that does not name its `type` is of the default's."""

@@ -4,14 +4,24 @@ import copy
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 import two_workers
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from bitray.models.batch import Batch
+from bitray.models.convert import to_bitnet
+from bitray.models.loading import build_model
+from bitray.models.losses import LossModel, Term
+from bitray.objectives import ContinuePretrain
 from bitray.optim import AdamW, Optimizer, clip_grad_norm, set_learning_rates
 from bitray.settings import Settings
+from bitray.training import state
+from bitray.training.parallel import parallelize, world
+from bitray.training.settings import Resume, TrainingSettings
+from bitray.training.state import Position
 
 
 def _members(union: Any) -> list[Any]:
@@ -100,6 +110,63 @@ def test_two_fsdp_workers_agree_with_one(settings, tmp_path: Path):
     alone = _ten_steps(settings)
     for worker in two_workers.run(_ten_steps, tmp_path, settings):
         torch.testing.assert_close(worker, alone, rtol=tolerance, atol=tolerance)
+
+
+CONFIG = {
+    "model_type": "llama", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 64, "tie_word_embeddings": True,
+}  # fmt: skip
+HEAD = Term("continue_pretrain", ContinuePretrain(), 0.01)
+
+
+def _language_model(settings: Any, seed: int) -> tuple[LossModel, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = LossModel(to_bitnet(build_model(CONFIG))).train()
+    model = parallelize(model, TrainingSettings(max_steps=1), torch.device("cpu"))
+    return model, settings.build(model)
+
+
+def _on_rows(model: LossModel, optimizer: torch.optim.Optimizer, steps: range) -> dict[str, Tensor]:
+    """Weights after steps on the same rows on every worker."""
+    for step in steps:
+        ids = np.random.default_rng(step).integers(0, 61, (2, 12)).astype(np.int32)
+        batch = Batch.from_rows(ids, [[12]] * 2, [0, 0])
+        (model(batch, [HEAD])[0] / world()[1]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: two_workers.whole(p) for name, p in model.named_parameters()}
+
+
+def _saved_and_resumed(settings: Any, folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Weights after six steps: at one go, and resumed after three by other weights and moments."""
+    model, optimizer = _language_model(settings, 0)
+    _on_rows(model, optimizer, range(3))
+    directory = f"{folder}/of_{world()[1]}"
+    state.save(directory, model, optimizer, state.as_json(Position(step=3), None), {})
+    found = {"whole": _on_rows(model, optimizer, range(3, 6))}
+    model, optimizer = _language_model(settings, 1)
+    state.resume(directory, model, optimizer, Resume())
+    return found | {"resumed": _on_rows(model, optimizer, range(3, 6))}
+
+
+def test_checkpoints_resume_bit_for_bit_and_on_fewer_workers(settings, tmp_path: Path):
+    """The blocks of `adamw_8bit` are others there; `muonclip` clips at every step."""
+    special = {"adamw_8bit": {"min_8bit_size": 256}, "muonclip": {"tau": 1e-3}}
+    settings = type(settings)(
+        **settings.model_dump() | special.get(settings.type, {}) | {"lr": 1e-4}
+    )
+    two = two_workers.run(_saved_and_resumed, tmp_path, settings, tmp_path)
+    one = _saved_and_resumed(settings, tmp_path)
+    for found in (*two, one):
+        for name, value in found["whole"].items():
+            assert torch.equal(found["resumed"][name], value), name
+    model, optimizer = _language_model(settings, 1)
+    state.resume(f"{tmp_path}/of_2", model, optimizer, Resume())
+    begin = dict(_language_model(settings, 0)[0].named_parameters())
+    for name, value in _on_rows(model, optimizer, range(3, 6)).items():
+        way = (one["whole"][name] - begin[name]).norm()
+        assert (value - one["whole"][name]).norm() <= 0.02 * way, name
 
 
 def test_the_type_is_a_name_that_exists():
