@@ -1,7 +1,8 @@
 """MuonClip: Muon, and QK-clip after every step (Kimi K2, arXiv 2507.20534).
 
-The largest attention logit of each head is measured where it is computed: on queries and keys after
-RoPE, over the pairs that the mask allows, exactly and in tiles, which costs one product of q and k.
+Logits are measured exactly, in tiles, where transformers hands over queries and keys after RoPE;
+bounds from norms would clip heads that need it not. As clips follow what a step saw, logits may lie
+above tau by what they grow in one step.
 """
 
 from collections.abc import Sequence

@@ -41,7 +41,11 @@ class Holder(Settings):
 
 @pytest.fixture(params=sorted(EVERY))
 def settings(request: pytest.FixtureRequest) -> Any:
-    kind = EVERY[request.param]
+    return _settings(request.param)
+
+
+def _settings(name: str) -> Any:
+    kind = EVERY[name]
     return kind(**{name: 1e-2 for name in ("lr", "adamw_lr") if name in kind.model_fields})
 
 
@@ -105,13 +109,6 @@ def _ten_steps(settings: Any) -> dict[str, Tensor]:
     return {name: two_workers.whole(p) for name, p in model.named_parameters()}
 
 
-def test_two_fsdp_workers_agree_with_one(settings, tmp_path: Path):
-    tolerance = 1e-6 if settings.type == "adamw" else 1e-3
-    alone = _ten_steps(settings)
-    for worker in two_workers.run(_ten_steps, tmp_path, settings):
-        torch.testing.assert_close(worker, alone, rtol=tolerance, atol=tolerance)
-
-
 CONFIG = {
     "model_type": "llama", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -150,23 +147,64 @@ def _saved_and_resumed(settings: Any, folder: Path) -> dict[str, dict[str, Tenso
     return found | {"resumed": _on_rows(model, optimizer, range(3, 6))}
 
 
-def test_checkpoints_resume_bit_for_bit_and_on_fewer_workers(settings, tmp_path: Path):
-    """The blocks of `adamw_8bit` are others there; `muonclip` clips at every step."""
+def _for_checkpoints(settings: Any) -> Any:
+    """Small rates, since rounding is discontinuous; codes in `adamw_8bit`, clips at every step."""
     special = {"adamw_8bit": {"min_8bit_size": 256}, "muonclip": {"tau": 1e-3}}
-    settings = type(settings)(
-        **settings.model_dump() | special.get(settings.type, {}) | {"lr": 1e-4}
-    )
-    two = two_workers.run(_saved_and_resumed, tmp_path, settings, tmp_path)
-    one = _saved_and_resumed(settings, tmp_path)
+    changes = special.get(settings.type, {}) | {"lr": 1e-4}
+    return type(settings)(**settings.model_dump() | changes)
+
+
+def _everything(folder: Path) -> dict[str, dict[str, Any]]:
+    """Ten steps, and six with a checkpoint, of every optimizer; alike on one worker and on two."""
+    return {
+        name: {
+            "ten": _ten_steps(_settings(name)),
+            **_saved_and_resumed(_for_checkpoints(_settings(name)), folder / name),
+        }
+        for name in EVERY
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("optimizers")
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> list[dict[str, dict[str, Any]]]:
+    return two_workers.run(_everything, folder, folder)
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path) -> dict[str, dict[str, Any]]:
+    return _everything(folder)
+
+
+def test_two_fsdp_workers_agree_with_one(settings, one, two):
+    tolerance = 1e-6 if settings.type == "adamw" else 1e-3
+    for worker in two:
+        expected = one[settings.type]["ten"]
+        torch.testing.assert_close(
+            worker[settings.type]["ten"], expected, rtol=tolerance, atol=tolerance
+        )
+
+
+def test_checkpoints_resume_bit_for_bit(settings, one, two):
     for found in (*two, one):
-        for name, value in found["whole"].items():
-            assert torch.equal(found["resumed"][name], value), name
-    model, optimizer = _language_model(settings, 1)
-    state.resume(f"{tmp_path}/of_2", model, optimizer, Resume())
+        for name, value in found[settings.type]["whole"].items():
+            assert torch.equal(found[settings.type]["resumed"][name], value), name
+
+
+def test_one_worker_takes_over_from_two(settings, one, two, folder: Path):
+    """The blocks of `adamw_8bit` are others there, so its codes are, too."""
+    assert two
+    model, optimizer = _language_model(_for_checkpoints(settings), 1)
+    state.resume(f"{folder}/{settings.type}/of_2", model, optimizer, Resume())
     begin = dict(_language_model(settings, 0)[0].named_parameters())
+    expected = one[settings.type]["whole"]
     for name, value in _on_rows(model, optimizer, range(3, 6)).items():
-        way = (one["whole"][name] - begin[name]).norm()
-        assert (value - one["whole"][name]).norm() <= 0.02 * way, name
+        way = (expected[name] - begin[name]).norm()
+        assert (value - expected[name]).norm() <= 0.02 * way, name
 
 
 def test_the_type_is_a_name_that_exists():

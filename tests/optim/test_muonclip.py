@@ -145,8 +145,8 @@ def _explode(kind: type, ternary_model: bool, **more: float) -> list[float]:
     """The largest logit before each step of training that wants nothing but large ones."""
     model, batch, found = _model(initializer_range=0.05), _batch(), []
     model = to_bitnet(model, "none").train() if ternary_model else model
-    optimizer = kind(lr=0.02, adamw_lr=1e-4, weight_decay=0.0, **more).build(model)
-    for _ in range(60):
+    optimizer = kind(lr=0.05, adamw_lr=1e-4, weight_decay=0.0, **more).build(model)
+    for _ in range(200):
         projections = [
             projection for a in _attentions(model) for projection in (a.q_proj, a.k_proj)
         ]
@@ -164,13 +164,11 @@ def _explode(kind: type, ternary_model: bool, **more: float) -> list[float]:
 
 @pytest.mark.parametrize("ternary_model", [False, True])
 def test_logits_that_would_explode_stay_under_tau(ternary_model: bool):
-    without = _explode(Muon, ternary_model)
-    assert without[-1] > 1000
+    """What is seen in a step is clipped after it, so that logits end at tau times the growth of
+    the one step between: a tenth here, where the rate is 20 times the usual one."""
+    assert _explode(Muon, ternary_model)[-1] > 400
     kept = _explode(MuonClip, ternary_model, tau=100.0)
-    over = next(i for i, value in enumerate(kept) if value > 100.0)
-    # What is seen in a step is clipped after it, so the step between may go above by its own growth
-    print(max(kept), kept[over:])
-    assert max(kept) < 115.0
+    assert 100 < max(kept) < 115
 
 
 def test_it_reports_the_largest_logit_and_forgets_it_after_the_step():

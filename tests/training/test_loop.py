@@ -119,6 +119,12 @@ def test_a_resumed_run_ends_bit_equal(tmp_path: Path) -> None:
             assert torch.equal(value, weights(rest)[name]), name
 
 
+def test_what_an_optimizer_reports_is_logged() -> None:
+    kept = Keep("train/max_attention_logit")
+    loop(settings(optimizer={"type": "muonclip"}), sinks=[kept]).run(tickets())
+    assert len(kept.values) == 8 and all(value > 0 for value in kept.values)
+
+
 def test_resume_flags_leave_out_what_they_say(tmp_path: Path) -> None:
     run = loop(settings())
     run.run(tickets())
