@@ -5,7 +5,15 @@ from typing import Any
 
 _HOMES = {
     "AdamW": "adamw",
+    "AdamW8bit": "adamw_8bit",
+    "Apollo": "apollo",
+    "ApolloMini": "apollo_mini",
+    "Muon": "muon",
+    "MuonClip": "muonclip",
+    "Reports": "base",
+    "Norms": "zclip",
     "Optimizer": "settings",
+    "ZClip": "zclip",
     "assert_partition": "groups",
     "clip_grad_norm": "clipping",
     "param_groups": "groups",

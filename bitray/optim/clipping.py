@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from bitray.optim.base import local
+
 MeshAxes = tuple[DeviceMesh | None, tuple[int, ...]]
 """A mesh and its axes over which a gradient is sharded; (None, ()) for a plain tensor."""
 
@@ -23,7 +25,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     by_axes: dict[MeshAxes, list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
-            by_axes.setdefault(_axes(parameter.grad), []).append(_local(parameter.grad))
+            by_axes.setdefault(_axes(parameter.grad), []).append(local(parameter.grad))
     if not by_axes:
         return torch.zeros(())
     squares = [_sum_of_squares(grads, axes) for axes, grads in by_axes.items()]
@@ -43,10 +45,6 @@ def _axes(gradient: Tensor) -> MeshAxes:
     assert not any(p.is_partial() for p in placements), f"gradient not yet reduced: {placements}"
     axes = tuple(i for i, placement in enumerate(placements) if isinstance(placement, Shard))
     return gradient.device_mesh, axes
-
-
-def _local(gradient: Tensor) -> Tensor:
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 def _sum_of_squares(grads: list[Tensor], axes: MeshAxes) -> Tensor:

@@ -1,27 +1,49 @@
 """Which parameter is treated how, and setting the learning rate of each group."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from bitray.settings import UserError
+
 Group = dict[str, Any]
 
 
-def param_groups(model: nn.Module, weight_decay: float) -> list[Group]:
+def param_groups(
+    model: nn.Module, weight_decay: float, besides: Sequence[nn.Parameter] = ()
+) -> list[Group]:
     """Groups `decay` (matrices, embeddings and head among them) and `no_decay` (norms, biases,
-    everything of one dimension). Every trainable parameter is in exactly one, tied ones once."""
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for _, parameter in _trainable(model):
-        (matrices if parameter.ndim >= 2 else others).append(parameter)
+    everything of one dimension). Every trainable parameter is in exactly one of them or among
+    those `besides`, tied ones once."""
+    taken = {id(parameter) for parameter in besides}
+    rest = [parameter for _, parameter in _trainable(model) if id(parameter) not in taken]
     groups: list[Group] = [
-        {"name": "decay", "params": matrices, "weight_decay": weight_decay},
-        {"name": "no_decay", "params": others, "weight_decay": 0.0},
+        {
+            "name": "decay",
+            "params": [p for p in rest if p.ndim >= 2],
+            "weight_decay": weight_decay,
+        },
+        {"name": "no_decay", "params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    assert_partition(model, groups)
+    assert_partition(model, [{"params": [*besides]}, *groups])
     return groups
+
+
+def block_matrices(model: nn.Module, optimizer: str) -> list[nn.Parameter]:
+    """The trainable 2-D weights inside of decoder blocks, which are what an `nn.ModuleList` holds;
+    embeddings and head are outside of it. `UserError` if there is none."""
+    blocks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    inside = {id(parameter) for module in blocks for parameter in module.parameters()}
+    found = [p for _, p in _trainable(model) if p.ndim == 2 and id(p) in inside]
+    if not found:
+        raise UserError(
+            f"training.optimizer.type: '{optimizer}' is for the matrices of decoder blocks, and "
+            "this model has none that can be trained; use 'adamw'"
+        )
+    return found
 
 
 def assert_partition(model: nn.Module, groups: list[Group]) -> None:

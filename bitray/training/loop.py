@@ -16,7 +16,7 @@ from bitray.models.batch import Batch
 from bitray.models.losses import LossModel, Term
 from bitray.nn import set_strength
 from bitray.objectives import combined_weights
-from bitray.optim import clip_grad_norm, set_learning_rates
+from bitray.optim import Reports, clip_grad_norm, set_learning_rates
 from bitray.settings import UserError
 from bitray.training.metrics import Sink, write_all
 from bitray.training.parallel import all_reduce_sums, synchronize_gradients, world
@@ -202,6 +202,7 @@ class Loop:
         limit = self.settings.max_grad_norm if self.settings.optimizer.enable_clipping else None
         norm = clip_grad_norm(self.model.parameters(), limit).item()
         if math.isfinite(norm):
+            self._zclip(norm if limit is None else min(norm, limit))
             self.optimizer.step()
             position.skipped_in_a_row = 0
             self.window.sums["grad_norm"] += norm
@@ -216,6 +217,16 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         position.step += 1
         position.schedule_step += 1
+
+    def _zclip(self, norm: float) -> None:
+        """Clip once more a norm that stands out from those before it."""
+        position, zclip = self.position, self.settings.zclip
+        limit = zclip.limit(position.norms, norm)
+        if limit < norm and self.settings.optimizer.enable_clipping:
+            clip_grad_norm(self.model.parameters(), limit)
+            self.window.sums["zclipped"] += 1
+            norm = limit
+        position.norms = zclip.watch(position.norms, norm)
 
     # --------------------------------------------------------------------------- after a step
 
@@ -271,9 +282,12 @@ class Loop:
                 metrics[f"mixture/loss_{name}"] = nll[at] / labels[at]
         for group in self.optimizer.param_groups:
             metrics[f"schedule/lr_{group['name']}"] = group["lr"]
+        if isinstance(self.optimizer, Reports):
+            metrics |= {f"train/{name}": value for name, value in self.optimizer.report().items()}
         return metrics | {
             "schedule/strength": self.position.strength,
             "train/grad_norm": sums.get("grad_norm", math.nan) / world()[1] / window.steps,
+            "train/zclipped_steps": sums.get("zclipped", 0.0) / world()[1],
             "train/tokens": float(self.position.tokens),
             "train/tokens_per_second": window.counts["tokens"] / seconds,
             "train/data_wait": window.waited / seconds,

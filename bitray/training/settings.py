@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from bitray.data.settings import MixturePhase
 from bitray.objectives import Objectives
-from bitray.optim import AdamW, Optimizer
+from bitray.optim import AdamW, Optimizer, ZClip
 from bitray.schedules import DistillationSchedule, LearningRateSchedule, StrengthWarmup
 from bitray.settings import Settings
 
@@ -124,6 +124,7 @@ class TrainingSettings(Settings):
     optimizer: Optimizer = AdamW()
     schedule: LearningRateSchedule = LearningRateSchedule()
     max_grad_norm: float | None = Field(default=1.0, gt=0)
+    zclip: ZClip = ZClip()
     max_skipped_steps: int = Field(default=10, ge=1)
     """Stop after so many steps in a row with a gradient that is not finite."""
     lambda_warmup: StrengthWarmup = StrengthWarmup()

@@ -1,7 +1,7 @@
 """What a stage is at a step, and how it goes into a checkpoint and comes out again."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from bitray import checkpoint
 from bitray.models.losses import LossModel
+from bitray.optim import Norms
 from bitray.settings import UserError
 from bitray.training.settings import Resume
 
@@ -38,6 +39,13 @@ class Position:
     """Strength at which the predecessor ended."""
     best: float | None = None
     """Lowest mean held-out loss so far."""
+    norms: Norms = field(default_factory=Norms)
+    """What ZClip knows of gradient norms."""
+
+    @classmethod
+    def from_json(cls, held: dict[str, Any]) -> "Position":
+        """What `as_json` made of it."""
+        return cls(**held | {"norms": Norms(*held.get("norms", ()))})
 
 
 def tensors_of(model: LossModel, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
@@ -111,7 +119,7 @@ def resume(
     if flags.load_optimizer_state:
         load_optimizer(directory, model, optimizer)
     held = checkpoint.load_state(directory)
-    position = Position(**held["position"])
+    position = Position.from_json(held["position"])
     if not flags.load_training_state:
         position = Position(
             schedule_step=position.schedule_step,

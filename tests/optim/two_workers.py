@@ -26,19 +26,35 @@ def _worker(rank: int, function: Callable[..., Any], directory: Path, args: tupl
     dist.destroy_process_group()
 
 
-def model() -> nn.Module:
+class Net(nn.Module):
     """Shapes that two workers cannot share evenly: 7 rows, 3 rows, and a single one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, 7)
+        self.norm = nn.RMSNorm(7)
+        self.layers = nn.ModuleList([nn.Linear(7, 7), nn.Linear(7, 3), nn.Linear(3, 9)])
+        self.head = nn.Linear(9, 1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.norm(self.embed(inputs).tanh())
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return self.head(hidden)
+
+
+def model() -> nn.Module:
+    """A model with decoder blocks, of a sort."""
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(5, 7), nn.Tanh(), nn.RMSNorm(7), nn.Linear(7, 3), nn.Linear(3, 1)
-    )
+    return Net()
 
 
 def shard(module: nn.Module) -> nn.Module:
     """FSDP2 where there is a process group; gradients are averaged over workers."""
     if dist.is_initialized():
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        fully_shard(module[0], mesh=mesh)
+        for layer in module.layers:
+            fully_shard(layer, mesh=mesh)
         fully_shard(module, mesh=mesh)
     return module
 

@@ -24,6 +24,15 @@ def test_stage_preset_then_training_then_the_stage_itself() -> None:
     assert Config.load().stages["stage1_9"].optimizer.lr == 1e-3
 
 
+def test_another_optimizer_begins_with_its_own_defaults():
+    muon = Config.load(overrides=["training.optimizer.type=muon"]).stages["stage2"].optimizer
+    assert (muon.type, muon.lr, muon.weight_decay) == ("muon", 2.4e-3, 0.01)
+    with pytest.raises(UserError, match=r"'moun' is not one of .*adamw.*\(nearest: 'muon'\)"):
+        Config.load(overrides=["training.optimizer.type=moun"])
+    with pytest.raises(UserError, match=r"optimizer\.tau: there is no such setting.*momentum"):
+        Config.load(overrides=["training.optimizer.type=muon", "training.optimizer.tau=3"])
+
+
 def test_a_later_voice_wins_over_a_saved_configuration(tmp_path: Path) -> None:
     """A saved configuration spells every stage out; the command line on top of it still counts."""
     saved = tmp_path / "config.yaml"

@@ -92,10 +92,14 @@ def test_it_learns_and_strength_and_rates_follow_the_step(tmp_path: Path) -> Non
 
 
 def test_a_resumed_run_ends_bit_equal(tmp_path: Path) -> None:
-    """At every step: state is tensors and a step, everything else a function of the step."""
-    given = settings()
-    whole = loop(given)
+    """At every step: state is tensors and a position, everything else a function of the step."""
+    given = settings(
+        zclip={"enabled": True, "warmup_steps": 2, "threshold": 0.1}, max_grad_norm=None
+    )
+    clipped = Keep("train/zclipped_steps")
+    whole = loop(given, sinks=[clipped])
     whole.run(tickets())
+    assert sum(clipped.values) > 0
     for stop in (1, 3, 7):
         directory = str(tmp_path / f"{stop}")
         half = loop(given)
@@ -113,6 +117,12 @@ def test_a_resumed_run_ends_bit_equal(tmp_path: Path) -> None:
         rest.run(tickets(2 * rest.data_step))
         for name, value in weights(whole).items():
             assert torch.equal(value, weights(rest)[name]), name
+
+
+def test_what_an_optimizer_reports_is_logged() -> None:
+    kept = Keep("train/max_attention_logit")
+    loop(settings(optimizer={"type": "muonclip"}), sinks=[kept]).run(tickets())
+    assert len(kept.values) == 8 and all(value > 0 for value in kept.values)
 
 
 def test_resume_flags_leave_out_what_they_say(tmp_path: Path) -> None:

@@ -1,0 +1,159 @@
+"""MuonClip: Muon, and QK-clip after every step (Kimi K2, arXiv 2507.20534).
+
+Logits are measured exactly, in tiles, where transformers hands over queries and keys after RoPE;
+bounds from norms would clip heads that need it not. As clips follow what a step saw, logits may lie
+above tau by what they grow in one step.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from bitray.nn.linear import BitLinear
+from bitray.optim.groups import Group
+from bitray.optim.muon import MuonOptimizer, MuonSettings
+
+MEASURED = "sdpa_measured"
+"""The name under which transformers knows sdpa that also measures."""
+_TILE = 256
+_SKIPPED = (
+    "muonclip: QK-clip is skipped: q and k are normalised in this model, so scaling their "
+    "projections would not scale the logits"
+)
+
+
+class MuonClip(MuonSettings):
+    """Muon that keeps attention logits from exploding."""
+
+    type: Literal["muonclip"] = "muonclip"
+    tau: float = Field(default=100.0, gt=0)
+    """The largest attention logit that is let be."""
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of a model's trainable parameters, after they have been sharded."""
+        return MuonClipOptimizer(self.muon_groups(model, self.type), measure(model), self.tau)
+
+
+class MuonClipOptimizer(MuonOptimizer):
+    """Muon and AdamW, then QK-clip of what was measured since the last step."""
+
+    def __init__(self, groups: list[Group], attentions: Sequence[Any], tau: float) -> None:
+        super().__init__(groups)
+        self.attentions = attentions
+        self.tau = tau
+        self.reported: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step; the logits of all layers are reduced at once."""
+        super().step()
+        if not self.attentions:
+            return
+        seen = torch.stack([attention.max_logits for attention in self.attentions])
+        if isinstance(self.attentions[0].q_proj.weight, DTensor):
+            group = self.attentions[0].q_proj.weight.device_mesh.get_group()
+            dist.all_reduce(seen, dist.ReduceOp.MAX, group=group)
+        factors = (self.tau / seen).clamp(max=1.0)  # [layers, heads]; 0 was never measured
+        for attention, factor in zip(self.attentions, factors, strict=True):
+            clip(attention, factor)
+            attention.max_logits.zero_()
+        clipped = (factors < 1).any(1).double().mean()
+        self.reported = {"max_attention_logit": seen.max(), "qk_clipped_layers": clipped}
+
+    def report(self) -> dict[str, float]:
+        """Of the last step: the largest logit before clipping, and the share of layers clipped."""
+        return {name: float(value) for name, value in self.reported.items()}
+
+
+def clip(attention: Any, factor: Float[Tensor, " heads"]) -> None:
+    """Scale queries and keys so that the logits of head h shrink to `factor[h]` or less.
+
+    A ternary tensor has one scale, so it is scaled as a whole; a factor for some of its rows would
+    change codes instead of logits.
+    """
+    per_key = factor.view(-1, attention.num_key_value_groups).amin(1)
+    for layer, heads in ((attention.q_proj, factor), (attention.k_proj, per_key)):
+        if isinstance(attention.q_proj, BitLinear) or isinstance(attention.k_proj, BitLinear):
+            heads = factor.min().expand(len(heads))  # noqa: PLW2901
+        rows = heads.sqrt().repeat_interleave(attention.head_dim)
+        _scale_rows(layer.weight, rows[:, None])
+        if layer.bias is not None:
+            _scale_rows(layer.bias, rows)
+
+
+def _scale_rows(parameter: Tensor, factor: Tensor) -> None:
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        factor = DTensor.from_local(factor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    parameter.mul_(factor)
+
+
+# -------------------------------------------------------------------------------------- measuring
+
+
+def measure(model: nn.Module) -> list[Any]:
+    """From now on training forwards note the largest logit of each head. The attention modules, or
+    none where q and k are normalised."""
+    found: list[Any] = [m for m in model.modules() if hasattr(m, "q_proj") and hasattr(m, "k_proj")]
+    if any(hasattr(attention, "q_norm") for attention in found):
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(_SKIPPED)
+        return []
+    AttentionInterface.register(MEASURED, _measured_attention)
+    AttentionMaskInterface.register(MEASURED, sdpa_mask)
+    for attention in found:
+        assert attention.config._attn_implementation in {"sdpa", MEASURED}
+        attention.config._attn_implementation = MEASURED
+        heads = attention.config.num_attention_heads
+        zeros = torch.zeros(heads, device=attention.q_proj.weight.device)
+        attention.register_buffer("max_logits", zeros, persistent=False)
+    return found
+
+
+def _measured_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    if module.training and torch.is_grad_enabled():
+        with torch.no_grad():
+            largest = largest_logits(query, key, attention_mask, options["scaling"])
+            module.max_logits.copy_(torch.maximum(module.max_logits, largest))
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+
+def largest_logits(
+    query: Float[Tensor, "batch heads n dim"],
+    key: Float[Tensor, "batch keys m dim"],
+    mask: Tensor | None,
+    scaling: float,
+) -> Float[Tensor, " heads"]:
+    """The largest logit of each head among the pairs that attend, 0 at least; without a mask those
+    of a causal model. What is not finite is left out: such a step is skipped anyway."""
+    groups = query.shape[1] // key.shape[1]
+    keys = key.repeat_interleave(groups, 1).transpose(2, 3)
+    positions = torch.arange(query.shape[2], device=query.device)
+    largest = torch.zeros(query.shape[1], device=query.device)
+    for start in range(0, query.shape[2], _TILE):
+        rows = slice(start, start + _TILE)
+        logits = (query[:, :, rows] @ keys).float() * scaling
+        if mask is None:
+            allowed = positions[rows, None] >= positions[None, : key.shape[2]]
+        else:
+            tile = mask[:, :, rows]
+            allowed = tile if tile.dtype == torch.bool else tile > torch.finfo(tile.dtype).min / 2
+        logits = torch.where(allowed & logits.isfinite(), logits, 0.0)
+        largest = torch.maximum(largest, logits.amax((0, 2, 3)))
+    return largest
