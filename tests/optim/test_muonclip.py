@@ -163,7 +163,7 @@ def _explode(kind: type, ternary_model: bool, **more: float) -> list[float]:
 
 
 @pytest.mark.parametrize("ternary_model", [False, True])
-def test_logits_that_would_explode_stay_under_tau(ternary_model: bool):
+def test_logits_that_would_explode_stay_within_a_step_of_tau(ternary_model: bool):
     """What is seen in a step is clipped after it, so that logits end at tau times the growth of
     the one step between: a tenth here, where the rate is 20 times the usual one."""
     assert _explode(Muon, ternary_model)[-1] > 400
