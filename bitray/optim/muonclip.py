@@ -14,9 +14,6 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from bitray.nn.linear import BitLinear
 from bitray.optim.groups import Group
@@ -108,6 +105,10 @@ def measure(model: nn.Module) -> list[Any]:
         if not dist.is_initialized() or dist.get_rank() == 0:
             print(_SKIPPED)
         return []
+    # Settings are read without this library, which takes seconds to import.
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
     AttentionInterface.register(MEASURED, _measured_attention)
     AttentionMaskInterface.register(MEASURED, sdpa_mask)
     for attention in found:
@@ -127,6 +128,8 @@ def _measured_attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
     if module.training and torch.is_grad_enabled():
         with torch.no_grad():
             largest = largest_logits(query, key, attention_mask, options["scaling"])

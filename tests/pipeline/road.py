@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from bitray.data.shards import Shards
 from bitray.models.loading import build_model, load_model, load_teacher
 from bitray.models.losses import LossModel
 from bitray.pipeline.finish import Result
+from bitray.pipeline.material import Material, tokenizer_of
 from bitray.training import state
 from bitray.training.loop import Loop, autocast_for, seed_of
 from bitray.training.state import Position
@@ -51,10 +53,10 @@ class Road:
     def json(self, name: str) -> Any:
         return json.loads((self.folder / name).read_text())
 
-    @property
+    @cached_property
     def shards(self) -> Shards:
         """The rows that all stages of this run were prepared with."""
-        (root,) = {str(p.parent) for p in self.folder.parent.glob("prepared/*/manifest.json")}
+        (root,) = set(Material(self.config, tokenizer_of(self.config)).folders.values())
         manifest = read_manifest(root)
         assert manifest is not None
         return Shards(root, manifest)
