@@ -43,8 +43,8 @@ def written(root: str, shards: list[list[Row]]) -> Manifest:
     counts = Counts(documents=3 * total, tokens=9 * total, rows=total, shards=tuple(found))
     splits = {"train": counts, "probe": Counts(), "validation": Counts()}
     return Manifest(
-        job="x", length=LENGTH, group_rows=module.group_rows(LENGTH), tokenizer="t", vocab_size=9,
-        eos_token_id=0, made_from={}, sources={"s": SourceManifest(splits=splits)},
+        job="x", length=LENGTH, group_rows=module.group_rows(LENGTH), window=64, tokenizer="t",
+        vocab_size=9, eos_token_id=0, made_from={}, sources={"s": SourceManifest(splits=splits)},
     )  # fmt: skip
 
 

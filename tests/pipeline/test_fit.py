@@ -25,7 +25,7 @@ def manifest(rows: int = 1000, done: bool = True) -> Manifest:
     splits = {"train": counts, "probe": Counts(), "validation": Counts()}
     sources = {name: SourceManifest(splits=splits, done=done) for name in NAMES}
     return Manifest(
-        job="m", length=256, group_rows=1, tokenizer="t", vocab_size=9, eos_token_id=0,
+        job="m", length=256, group_rows=1, window=4096, tokenizer="t", vocab_size=9, eos_token_id=0,
         made_from={}, sources=sources,
     )  # fmt: skip
 
