@@ -98,6 +98,8 @@ def test_only_the_size_of_bundles_depends_on_the_number_of_workers(
         config = configured("any", *said)
         mixture = stage_mixture(config, "stage2", manifest())
         assert mixture.lead >= least_lead(mixture.bundle, workers, tickets)
+        reach = mixture.bundle * workers * mixture.rows_per_ticket
+        assert reach <= manifest().window or mixture.bundle == 1, "training begins in one window"
         values = mixture.to_json()
         assert 1 <= values.pop("bundle") <= BUNDLE and values.pop("max_workers") == workers
         found.append(values)
