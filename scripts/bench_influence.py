@@ -24,12 +24,12 @@ from transformers import PreTrainedTokenizerFast
 
 from bitray.data import embedded
 from bitray.data.mixture import Mixture, StageMixture
-from bitray.data.packing import pack
+from bitray.data.packing import PackedRows, pack
 from bitray.data.plan import SourceSize
 from bitray.data.reader import read_rows
 from bitray.data.tokenizer import train_tokenizer
 from bitray.inference import evaluate
-from bitray.models.batch import Batch, PackedRows
+from bitray.models.batch import Batch
 from bitray.models.convert import to_bitnet
 from bitray.models.loading import build_model
 from bitray.models.losses import LossModel

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from bitray.data.packing import PackedRows
 from bitray.data.permutation import key_of, place
 from bitray.data.shards import Shards, held_out
-from bitray.models.batch import Batch, PackedRows
+from bitray.models.batch import Batch
 from bitray.pipeline.config import Config
 from bitray.settings import UserError
 from bitray.training.influence import Decide, Influence, Material

@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 
 from bitray import checkpoint, storage
 from bitray.data.manifest import digest, read_manifest
+from bitray.data.packing import PackedRows
 from bitray.data.shards import Shards, held_out
 from bitray.data.stream import DataEnded, TicketStream, worker_batches
 from bitray.data.weights import UNIT
 from bitray.inference.evaluation import evaluate
-from bitray.models.batch import Batch, PackedRows
+from bitray.models.batch import Batch
 from bitray.models.convert import is_bitnet, to_bitnet
 from bitray.models.isolation import check_documents_isolated
 from bitray.models.loading import (

@@ -10,8 +10,8 @@ from bitray import storage
 from bitray.data import Manifest, Row, Shards, held_out
 from bitray.data import shards as module
 from bitray.data.manifest import Counts, Shard, SourceManifest, read_manifest, write_manifest
+from bitray.data.packing import PackedRows
 from bitray.data.shards import ShardWriter
-from bitray.models.batch import PackedRows
 from bitray.settings import UserError
 
 LENGTH = 16
