@@ -12,7 +12,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from bitray.models.families import decoder_layers
 from bitray.models.losses import LossModel
+from bitray.nn import bit_linears
 from bitray.settings import UserError
+from bitray.training.fp8 import capability_of
 from bitray.training.settings import TrainingSettings
 
 T = TypeVar("T")
@@ -26,6 +28,11 @@ def world() -> tuple[int, int]:
 def parallelize(model: LossModel, settings: TrainingSettings, device: torch.device) -> LossModel:
     """Lay the model over the workers, in place. One worker is not sharded."""
     layers = decoder_layers(model.model)
+    if settings.fp8.enabled and bit_linears(model):
+        told = all_gather_objects(settings.fp8.problem(device.type, capability_of(device)))
+        if any(told):
+            raise UserError(f"training.{next(filter(None, told))}")
+        settings.fp8.apply(model.model)
     if settings.torch_compile.enabled:
         _compile(layers, settings)
     if settings.activation_checkpointing:

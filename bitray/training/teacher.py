@@ -59,7 +59,7 @@ def open_teacher(
         count = sum(p.numel() for p in model.parameters())
         if settings.sharded(count, world()[1]):
             shard(model, device)
-        model.to(device)  # type: ignore[arg-type]
+        model.to(device)
     return InProcessTeacher(model, autocast)
 
 
