@@ -6,6 +6,7 @@ belongs to position p - 1. A server knows no packed rows: every document is aske
 """
 
 import http.client
+import itertools
 import json
 import os
 import time
@@ -128,7 +129,7 @@ def documents(batch: Batch) -> Iterator[Document]:
     for row in range(len(batch.input_ids)):
         ids = batch.input_ids[row][batch.real[row]].tolist()
         starts = (batch.position_ids[row][: len(ids)] == 0).nonzero().flatten().tolist()
-        for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+        for start, end in itertools.pairwise([*starts, len(ids)]):
             if bool((batch.labels[row, start + 1 : end] != IGNORED).any()):
                 yield Document(row, start, ids[start:end])
 

@@ -19,8 +19,12 @@ from bitray.models.families import decoder_layers
 from bitray.models.loading import load_model
 from bitray.models.losses import TeacherOutput, run_teacher
 from bitray.models.sparse import TopK, with_rest
+from bitray.settings import UserError
 from bitray.training.parallel import world
 from bitray.training.teacher_settings import FourBit, InProcess, Offload
+
+CPU_BLOCK = 64
+"""Weights that share a scale in bitsandbytes' 4 bits; on CPUs they have to lie in one row."""
 
 
 @runtime_checkable
@@ -54,7 +58,8 @@ def open_teacher(
     if isinstance(settings, Offload):
         offload(model, device)
     elif isinstance(settings, FourBit):
-        quantize_4bit(model, settings, dtype).to(device)  # type: ignore[arg-type]  # as below
+        quantize_4bit(model, settings, dtype, device)
+        model.to(device)  # type: ignore[arg-type]  # as below
     else:
         count = sum(p.numel() for p in model.parameters())
         if settings.sharded(count, world()[1]):
@@ -71,11 +76,14 @@ def shard(model: PreTrainedModel, device: torch.device) -> None:
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
-def quantize_4bit(model: PreTrainedModel, settings: FourBit, dtype: torch.dtype) -> PreTrainedModel:
+def quantize_4bit(
+    model: PreTrainedModel, settings: FourBit, dtype: torch.dtype, device: torch.device
+) -> None:
     """Replace the decoder layers' linear layers by bitsandbytes' 4-bit ones, in place.
 
     What transformers' `BitsAndBytesConfig` makes of a Hugging Face folder, but of a checkpoint of
-    ours as well. The weights are quantised when they reach their device.
+    ours as well. The weights are quantised when they reach their device. `UserError` for sizes that
+    bitsandbytes' product on CPUs gets wrong.
     """
     from bitsandbytes.nn import Linear4bit, Params4bit
 
@@ -84,6 +92,11 @@ def quantize_4bit(model: PreTrainedModel, settings: FourBit, dtype: torch.dtype)
             for name, linear in list(parent.named_children()):
                 if type(linear) is not nn.Linear:
                     continue
+                if device.type == "cpu" and linear.in_features % CPU_BLOCK:
+                    raise UserError(
+                        f"model.teacher: in 4 bits on CPUs the inputs of every layer have to be a "
+                        f"multiple of {CPU_BLOCK}; {name} has {linear.in_features}; take in_process"
+                    )
                 with torch.device("meta"):
                     new = Linear4bit(
                         linear.in_features, linear.out_features, compute_dtype=dtype, bias=False,
@@ -95,7 +108,6 @@ def quantize_4bit(model: PreTrainedModel, settings: FourBit, dtype: torch.dtype)
                 )  # fmt: skip
                 new.bias = linear.bias
                 setattr(parent, name, new)
-    return model
 
 
 # ------------------------------------------------------------------------------------- offloading

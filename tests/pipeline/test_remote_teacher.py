@@ -2,23 +2,33 @@
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
 import torch
+from road import Road, alone
+from vllm_server import VLLM
 
+from bitray import Config
 from bitray.models.batch import Batch
-from bitray.models.loading import build_model, save_model
+from bitray.models.loading import build_model, load_model, load_tokenizer, save_model
 from bitray.models.sparse import TopK
 from bitray.pipeline.remote_teacher import RemoteTeacher, pool
+from bitray.pipeline.run import run
 from bitray.settings import UserError
 from bitray.training.loop import autocast_for
 from bitray.training.teacher import InProcessTeacher, top_k_of
 from bitray.training.teacher_settings import Actors
 
 CPU = torch.device("cpu")
+VOCABULARY = 320
+LOGITS_ONLY = (
+    "stages.stage1_9.objectives.hidden_distill.weight=0",
+    "stages.stage1_9.lm_loss_weight=null",
+)
 
 
 def make_batch(seed: int) -> Batch:
@@ -82,3 +92,54 @@ def test_actors_that_cannot_start_are_one_sentence(ray_cluster: None, tmp_path: 
     with pytest.raises(UserError, match=r"model\.teacher: the actors cannot load .*config") as told:
         pool(Actors(cpus=0.5), str(tmp_path), 1.0, CPU)
     assert len(str(told.value).splitlines()) == 1
+
+
+@pytest.fixture
+def taught(road: Road, configured: Callable[..., Config]) -> Callable[..., tuple[Road, Road]]:
+    """The last steps of Stage 2 once more, with another teacher; and what `alone` compares with."""
+
+    def run_on(experiment: str, *words: str) -> tuple[Road, Road]:
+        source = str(road.checkpoints("stage2") / "step_000008")
+        config = configured(
+            experiment, f"stages.stage2.resume.checkpoint_path={source}", *LOGITS_ONLY,
+            f"model.teacher.top_k={VOCABULARY}", "scaling.num_workers=1", "export.gguf=[]",
+            "export.huggingface=false", *words,
+        )  # fmt: skip
+        run(config)
+        reference = Road(config)
+        reference.final = road.final  # type: ignore[method-assign]
+        return Road(config), reference
+
+    return run_on
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_taught_by_actors_is_the_run_taught_in_process(
+    road: Road, taught: Callable[..., tuple[Road, Road]]
+) -> None:
+    made, _ = taught(
+        "by_actors", "model.teacher.type=actors", "model.teacher.cpus=0.25",
+        f"model.teacher.path={road.final('stage0')}",
+    )  # fmt: skip
+    np.testing.assert_allclose(made.metrics("stage2"), road.metrics("stage2")[8:], rtol=1e-4)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_taught_by_a_server_is_the_run_taught_in_process(
+    road: Road, taught: Callable[..., tuple[Road, Road]]
+) -> None:
+    tokenizer = load_tokenizer(road.final("stage0"))
+    server = VLLM(load_model(road.final("stage0")), tokenizer, max_logprobs=VOCABULARY)
+    at_one = [
+        f"stages.{name}.objectives.logits_distill.temperature=1" for name in ("stage1_9", "stage2")
+    ]
+    made, reference = taught(
+        "by_server", "model.teacher.type=server", f"model.teacher.url={server.url}", *at_one
+    )
+    server.close()
+    assert server.prompts, "it was asked"
+    source = str(road.checkpoints("stage2") / "step_000008")
+    losses, _ = alone(reference, "stage2", load_model(source), resumed=source)
+    np.testing.assert_allclose(made.metrics("stage2"), losses, rtol=1e-4)

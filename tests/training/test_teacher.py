@@ -14,6 +14,7 @@ from bitray.models.batch import Batch
 from bitray.models.families import decoder_layers
 from bitray.models.loading import build_model, save_model
 from bitray.models.losses import TeacherOutput, run_teacher
+from bitray.settings import UserError
 from bitray.training.loop import autocast_for
 from bitray.training.teacher import InProcessTeacher, offload, open_teacher, top_k_of
 from bitray.training.teacher_settings import FourBit, InProcess, Offload
@@ -22,10 +23,10 @@ CPU = torch.device("cpu")
 EXACT = autocast_for(CPU, "fp32")
 
 
-def make_model(layers: int = 3) -> PreTrainedModel:
+def make_model(layers: int = 3, width: int = 128) -> PreTrainedModel:
     torch.manual_seed(4)
     return build_model({
-        "model_type": "llama", "vocab_size": 61, "hidden_size": 64, "intermediate_size": 96,
+        "model_type": "llama", "vocab_size": 61, "hidden_size": 64, "intermediate_size": width,
         "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
     }).requires_grad_(False).eval()  # fmt: skip
 
@@ -131,6 +132,12 @@ def test_four_bits_are_those_of_transformers(folder: str, double_quant: bool) ->
     assert decoder_layers(teacher.model)[0].mlp.up_proj.weight.dtype == torch.uint8
     far = (teacher(batch, False).hidden - run_teacher(make_model(), batch, False).hidden).std()
     assert 1e-3 < far < 0.5, "near the teacher, and not itself"
+
+
+def test_sizes_that_four_bits_cannot_have_on_cpus_are_refused(tmp_path: Path) -> None:
+    save_model(make_model(width=96), str(tmp_path))
+    with pytest.raises(UserError, match=r"a multiple of 64; down_proj has 96; take in_process"):
+        open_teacher(FourBit(), str(tmp_path), CPU, EXACT)
 
 
 # ---------------------------------------------------------------------------------------- sharded
