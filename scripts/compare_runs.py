@@ -96,14 +96,15 @@ def _worker(rank: int, config: Config, stage: str, steps: int, folder: str) -> N
         store = dist.FileStore(str(Path(folder) / "store"), workers)
         backend = "nccl" if gpu else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=workers, store=store)
-    found = _measure(config, stage, steps, device, folder)
+    found = measure(config, stage, steps, device, folder)
     if rank == 0:
         torch.save(found, Path(folder) / "found.pt")
     if workers > 1:
         dist.destroy_process_group()
 
 
-def _measure(config: Config, stage: str, steps: int, device: torch.device, folder: str) -> Found:
+def measure(config: Config, stage: str, steps: int, device: torch.device, folder: str) -> Found:
+    """What one worker of a configuration computes; all workers have the same empty folder."""
     settings = config.stages[stage].model_copy(update={"max_steps": steps, "log_every": 1})
     model, teacher = _models(config, stage, settings, device, folder)
     vocabulary = model.config.vocab_size

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from compare_runs import Found, compared, configured, cosine, measured  # noqa: E402
+from compare_runs import Found, compared, configured, cosine, measure, measured  # noqa: E402
 
+CPU = torch.device("cpu")
 TINY = [
     "model.config.vocab_size=64", "model.config.hidden_size=32",
     "model.config.intermediate_size=64", "model.config.num_attention_heads=2",
@@ -23,17 +25,21 @@ TINY = [
 ]  # fmt: skip
 
 
+def here(stage: str, *words: str) -> Found:
+    """Measured in this process, which is quick."""
+    with tempfile.TemporaryDirectory() as folder:
+        return measure(configured([*TINY, *words], stage), stage, 3, CPU, folder)
+
+
 @pytest.fixture(scope="module")
 def plain() -> Found:
-    return measured(configured(TINY, "stage1_9"), "stage1_9", 3)
+    return here("stage1_9")
 
 
 @pytest.mark.parametrize(
     ("words", "tolerance"),
     [
         (["training.activation_checkpointing=true"], 0),
-        (["scaling.num_workers=2"], 1e-6),
-        (["scaling.num_workers=2", "model.teacher.layout=sharded"], 1e-6),
         (["model.teacher.type=offload"], 0),
         (["training.logits_chunk=7"], 1e-6),
     ],
@@ -42,34 +48,28 @@ def test_what_must_change_nothing_changes_nothing(
     words: list[str], tolerance: float, plain: Found
 ) -> None:
     """Losses, hidden states, logits and gradients of Stage 1.9: all kinds of objectives."""
-    other = measured(configured([*TINY, *words], "stage1_9"), "stage1_9", 3)
-    for difference in compared(plain, other):
+    for difference in compared(plain, here("stage1_9", *words)):
         assert difference.within(max(tolerance, 1e-12)), difference
+
+
+def test_two_workers_with_a_sharded_teacher_change_nothing(plain: Found) -> None:
+    words = [*TINY, "scaling.num_workers=2", "model.teacher.layout=sharded"]
+    for difference in compared(plain, measured(configured(words, "stage1_9"), "stage1_9", 3)):
+        assert difference.within(1e-6), difference
 
 
 @pytest.mark.slow
 def test_compiled_blocks_change_nothing(plain: Found) -> None:
-    words = [*TINY, "training.torch_compile.enabled=true"]
-    other = measured(configured(words, "stage1_9"), "stage1_9", 3)
-    for difference in compared(plain, other):
+    for difference in compared(plain, here("stage1_9", "training.torch_compile.enabled=true")):
         assert difference.within(1e-5), difference
 
 
-def test_the_kernels_of_integers_change_nothing(
-    plain: Found, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """In this process, where the kernel can be chosen: int8 hardware, or floats over integers."""
-    import compare_runs
-
+def test_the_kernels_of_integers_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Int8 hardware, or floats over integers."""
     found = []
     for int8_hardware in (True, False):
         monkeypatch.setattr("bitray.nn.linear._VNNI", int8_hardware)
-        words = [*TINY, "stages.stage2.lambda_warmup.warmup_steps=0"]
-        folder = tmp_path / str(int8_hardware)
-        folder.mkdir()
-        config = configured(words, "stage2")
-        cpu = torch.device("cpu")
-        found.append(compare_runs._measure(config, "stage2", 3, cpu, str(folder)))
+        found.append(here("stage2", "stages.stage2.lambda_warmup.warmup_steps=0"))
     for difference in compared(*found):
         assert difference.within(1e-12), difference
 

@@ -189,9 +189,19 @@ class Config(Composed):
         inherited = loc[:1] == ("stages",) and len(loc) > 2
         return ("training", *loc[2:]) if inherited else loc
 
+    def fp8_problem(self, capability: tuple[int, int] | None = None) -> str | None:
+        """Why the first stage that computes in 8-bit floats cannot; of GPUs that are not known yet,
+        whether there will be any."""
+        for name, stage in self.stages.items():
+            device = "cuda" if self.scaling_of(name).use_gpu else "cpu"
+            why = stage.fp8.problem(device, capability)
+            if why and stage.total_steps and not stage.dense:
+                return f"stages.{name}.{why}"
+        return None
+
     def problems(self) -> list[str]:
         most = (self.model.config or {}).get("max_position_embeddings")
-        return [
+        return [*filter(None, [self.fp8_problem()])] + [
             text
             for name, stage in self.stages.items()
             for text in [

@@ -21,7 +21,7 @@ from bitray.models.loading import (
     local_model,
     skeleton,
 )
-from bitray.pipeline.config import Config, Scaling
+from bitray.pipeline.config import Config
 from bitray.pipeline.folders import StageFolder, named_checkpoint
 from bitray.pipeline.remix import schedule_of_mixture
 from bitray.pipeline.report import Table
@@ -41,11 +41,12 @@ def resources() -> dict[str, float]:
 
 def check_resources(config: Config, held: Mapping[str, float]) -> None:
     """`UserError` if workers and readers together need more than the cluster has, where Ray would
-    wait for ever."""
+    wait for ever, or GPUs that this machine does not have."""
+    here = torch.cuda.is_available() and not os.environ.get("RAY_ADDRESS")
+    if problem := config.fp8_problem(torch.cuda.get_device_capability() if here else None):
+        raise UserError(problem)
     for name in config.stages:
         scaling = config.scaling_of(name)
-        if problem := config.stages[name].fp8.problem(*_device(scaling)):
-            raise UserError(f"stages.{name}.{problem}")
         teacher = _actors(config, name)
         cpus = scaling.num_workers * scaling.cpus_per_worker
         cpus += scaling.readers * scaling.cpus_per_reader
@@ -69,14 +70,6 @@ def check_resources(config: Config, held: Mapping[str, float]) -> None:
                 f"{held.get('GPU', 0.0):g}; take scaling=laptop to train on CPUs, or lower "
                 "scaling.num_workers" + (" or model.teacher.gpus" if teacher else "")
             )
-
-
-def _device(scaling: Scaling) -> tuple[str, tuple[int, int] | None]:
-    """What the workers compute on, and its capability if it can be known here."""
-    if not scaling.use_gpu:
-        return "cpu", None
-    mine = torch.cuda.is_available() and not os.environ.get("RAY_ADDRESS")
-    return "cuda", torch.cuda.get_device_capability() if mine else None
 
 
 def _actors(config: Config, stage: str) -> Actors | None:
