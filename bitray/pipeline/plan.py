@@ -226,6 +226,7 @@ def plan(config: Config) -> str:
         f"tokenizer {known or 'trained on the data'}",
         "data      "
         + ", ".join(f"{name} {share:.1%}" for name, share in config.data.shares().items()),
+        *_teacher(config),
         f"export    {', '.join(config.export.gguf) or 'no GGUF'}"
         + (", huggingface" if config.export.huggingface else ""),
         f"storage   up to {checkpoints:.3g} GB of checkpoints",
@@ -236,6 +237,16 @@ def plan(config: Config) -> str:
         "nothing was trained (--dry-run)",
     ]
     return "\n".join(lines)
+
+
+def _teacher(config: Config) -> list[str]:
+    """A line about the teacher where any stage has one."""
+    if not any(s.total_steps and s.objectives.needs_teacher for s in config.stages.values()):
+        return []
+    teacher = config.model.teacher
+    if isinstance(teacher, Server):
+        return [f"teacher   {teacher.url}"]
+    return [f"teacher   {teacher.type}: {teacher.path or config.model.path or 'its dense stage'}"]
 
 
 def _row(config: Config, name: str, parameters: int, model: PreTrainedModel) -> tuple[str, ...]:

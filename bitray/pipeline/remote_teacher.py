@@ -138,4 +138,5 @@ def served(
 ) -> RemoteTeacher:
     """The teacher behind a server, once its tokenizer is known to be the student's."""
     client = Client(settings, from_rank_zero(lambda: checked(settings, tokenizer).model))
-    return RemoteTeacher(ServerTeacher(client, vocabulary).ask, device, settings.ahead)
+    teacher = ServerTeacher(client, vocabulary)
+    return RemoteTeacher(teacher.ask, device, settings.ahead, teacher.close)

@@ -158,6 +158,10 @@ class ServerTeacher:
 
         return wait
 
+    def close(self) -> None:
+        """Ask no more: what is waiting is dropped."""
+        self.threads.shutdown(wait=False, cancel_futures=True)
+
     def about(self, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """What is predicted after each token of a document but the last: [n-1, k], [n-1, kept]."""
         told = self.client.completion(prompt=ids, max_tokens=1, prompt_logprobs=self.k)

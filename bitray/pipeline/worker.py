@@ -138,10 +138,11 @@ class Stage:
                 here = self.folder.step(loop.position.step)
                 if loop.position.step and not from_rank_zero(lambda: checkpoint.is_complete(here)):
                     self.on_save(loop)
+            finally:
+                if remote:
+                    remote.close()
             asked.close()
             tickets.close()
-            if remote:
-                remote.close()
         if not loop.stopped:
             self.finish(loop)
         for sink in loop.sinks:
