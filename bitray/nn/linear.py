@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from bitray.nn.fp8 import TernaryFP8
 from bitray.nn.norm import SubLN
 from bitray.nn.quantize import (
     int8_per_token,
@@ -56,6 +57,8 @@ class BitLinear(nn.Module):
         self.subln = SubLN(in_features, eps) if subln else None
         self.register_buffer("strength", torch.ones(()), persistent=False)
         self.full_strength = True
+        self.fp8: torch.dtype | None = None
+        """Train at full strength by the approximate product in 8-bit floats, rounded to this."""
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -89,6 +92,8 @@ class BitLinear(nn.Module):
         dtype = compute_dtype(x)
         if self.subln is not None:
             x = self.subln(x)
+        if self.full_strength and self.fp8 is not None and self.training:
+            return TernaryFP8.apply(x, self.weight, self.bias, dtype, self.fp8)
         if self.full_strength:
             return _Ternary.apply(x, self.weight, self.bias, dtype)
         return _Blended.apply(x, self.weight, self.bias, self.strength.float(), dtype)

@@ -505,7 +505,7 @@ def test_a_stage_starts_from_a_named_checkpoint_with_flags(
     flags = (
         f"stages.stage2.resume.checkpoint_path={source}",
         "stages.stage2.resume.load_optimizer_state=false",
-        f"model.teacher={road.final('stage0')}",
+        f"model.teacher.path={road.final('stage0')}",
         "scaling.num_workers=1",
     )
     config = configured("elsewhere", *flags)
