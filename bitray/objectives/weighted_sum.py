@@ -6,7 +6,7 @@ from bitray.objectives.base import Objective
 from bitray.objectives.continue_pretrain import ContinuePretrain
 from bitray.objectives.hidden_distill import HiddenDistill
 from bitray.objectives.logits_distill import LogitsDistill
-from bitray.schedules import DistillationSchedule
+from bitray.schedules import Curriculum, DistillationSchedule
 from bitray.settings import Settings
 
 
@@ -24,9 +24,14 @@ class Objectives(Settings):
             if objective is not None and objective.weight > 0:
                 yield name, objective
 
-    def active(self, step: int, total_steps: int) -> dict[str, float]:
+    def active(
+        self, step: int, total_steps: int, curriculum: Curriculum | None = None
+    ) -> dict[str, float]:
         """Weight at `step` of every objective that counts there."""
-        return {name: objective.weight for name, objective in self.named()}
+        given = {name: getattr(self, name) for name in type(self).model_fields}
+        own = {name: each.weight for name, each in given.items() if each is not None}
+        weights = own if curriculum is None else curriculum.weights(own, step, total_steps)
+        return {name: weight for name, weight in weights.items() if weight > 0}
 
     @property
     def needs_teacher(self) -> bool:
@@ -40,12 +45,14 @@ def combined_weights(
     schedule: DistillationSchedule,
     step: int,
     total_steps: int,
+    *,
+    curriculum: Curriculum | None = None,
 ) -> dict[str, float]:
     """Weights at `step` of `(1-a) * layer objectives + a * head objectives`, those above 0 only.
 
     `a` starts at `lm_loss_weight`; the schedule lowers `1-a` towards 0. None: no such combination.
     """
-    weights = objectives.active(step, total_steps)
+    weights = objectives.active(step, total_steps, curriculum)
     if lm_loss_weight is not None:
         layers = schedule.share(step, total_steps, 1 - lm_loss_weight)
         part = {"layer": layers, "head": 1 - layers}

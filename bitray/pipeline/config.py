@@ -227,7 +227,8 @@ class Config(Composed):
                 f"{influence.min_weight:g} and max_weight {influence.max_weight:g} and sum to 1; "
                 f"min_weight must be at most {1 / sources:.4g} and max_weight at least that"
             )
-        if influence.method == "ado" and not stage.objectives.active(0, 1).get("continue_pretrain"):
+        always = all("continue_pretrain" in stage.weights(step) for step in stage.turns)
+        if influence.method == "ado" and not always:
             found.append(f"{where}.method: ado needs the loss of continue_pretrain, which is off")
         return found
 
@@ -263,11 +264,12 @@ def _check_stage_names(own: Tree, known: Tree) -> None:
 
 def _phase_problems(name: str, stage: StageSettings, data: DataSettings) -> list[str]:
     found = []
-    for number, phase in enumerate(stage.mixture_phases):
+    for number, phase in enumerate(stage.curriculum.phases):
         try:
-            quantise(phase.weights, tuple(data.sources))
+            quantise(data.shares() if phase.mixture is None else phase.mixture, tuple(data.sources))
         except UserError as error:
-            found.append(f"stages.{name}.mixture_phases.{number}.{error}")
+            said = str(error).replace("weights", "mixture", 1)
+            found.append(f"stages.{name}.curriculum.phases.{number}.{said}")
     return found
 
 
@@ -276,10 +278,11 @@ def _stage_problems(name: str, stage: StageSettings) -> list[str]:
     if stage.total_steps == 0:
         return []
     found = []
-    active = stage.objectives.active(0, stage.total_steps)
-    if not active:
-        found.append(f"{where}.objectives: no objective has a weight above 0")
-    if stage.dense and stage.objectives.needs_teacher:
+    without = next((step for step in stage.turns if not stage.weights(step)), None)
+    if without is not None:
+        at = f" at step {without}: see its curriculum" if stage.curriculum.phases else ""
+        found.append(f"{where}.objectives: no objective has a weight above 0{at}")
+    if stage.dense and stage.needs_teacher:
         found.append(f"{where}: a dense stage has no teacher, but its objectives need one")
     warmup = stage.lambda_warmup
     if warmup.enabled and not stage.dense and (warmup.warmup_steps or 0) > stage.total_steps:

@@ -159,7 +159,7 @@ def memory(config: Config, stage: str, parameters: int, model: PreTrainedModel) 
         masters=4 * share,
         gradients=4 * share,
         optimizer=8 * share,
-        teacher=low * float(parameters) if settings.objectives.needs_teacher else 0.0,
+        teacher=low * float(parameters) if settings.needs_teacher else 0.0,
         activations=float(low * tokens * per_token * shape.num_hidden_layers + chunk),
         influence=4 * share * settings.influence.depth * compared,
     )

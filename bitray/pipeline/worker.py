@@ -262,7 +262,7 @@ class Stage:
 
     def teacher(self) -> InProcessTeacher | None:
         """The teacher, if any objective asks for one."""
-        if not (self.settings.total_steps and self.settings.objectives.needs_teacher):
+        if not (self.settings.total_steps and self.settings.needs_teacher):
             return None
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         model = load_teacher(teacher_of(self.config), dtype, self.device)

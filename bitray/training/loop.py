@@ -14,8 +14,8 @@ import torch.distributed as dist
 from bitray.data.tickets import Deal
 from bitray.models.batch import Batch
 from bitray.models.losses import LossModel, Term
-from bitray.nn import set_strength
-from bitray.objectives import combined_weights
+from bitray.nn.curricula import set_saliency, set_sparsity, track_columns, update_columns
+from bitray.nn.linear import set_strength
 from bitray.optim import Reports, clip_grad_norm, set_learning_rates
 from bitray.settings import UserError
 from bitray.training.metrics import Sink, write_all
@@ -93,6 +93,8 @@ class Loop:
     def __post_init__(self) -> None:
         shape = (3, len(self.sources))
         self.source_sums = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        if self.settings.saliency_curriculum.enabled:
+            track_columns(self.model)
 
     def run(self, tickets: Tickets) -> Position:
         """Train until the stage's end, or until somebody asks to stop (then `stopped` is set)."""
@@ -122,16 +124,9 @@ class Loop:
         settings, position = self.settings, self.position
         step, total = position.schedule_step, settings.total_steps
         torch.manual_seed(seed_of(settings.seed, self.stage, position.step, world()[0]))
-        position.strength = settings.strength(step, position.initial_strength)
-        set_strength(self.model, position.strength)
+        self._quantise(step, total)
         set_learning_rates(self.optimizer, settings.schedule.factor(step, total))
-        weights = combined_weights(
-            settings.objectives,
-            settings.lm_loss_weight,
-            settings.distillation_schedule,
-            step,
-            total,
-        )
+        weights = settings.weights(step)
         passes = [p for ticket, batch in batches for p in self._passes(ticket, batch, weights)]
         counts = self._count([batch for _, batch in batches], passes, weights)
         scales = {name: weight / max(counts[name], 1.0) for name, weight in weights.items()}
@@ -140,6 +135,20 @@ class Loop:
             self._forward_backward(each, scales)
         self._update()
         self._note([batch for _, batch in batches], counts, weights)
+
+    def _quantise(self, step: int, total: int) -> None:
+        """Strength, salient columns and sparsity of a step."""
+        settings, position = self.settings, self.position
+        position.strength = settings.strength(step, position.initial_strength)
+        set_strength(self.model, position.strength)
+        saliency, sparsity = settings.saliency_curriculum, settings.activation_sparsity
+        if saliency.enabled:
+            if position.step and position.step % saliency.update_interval == 0:
+                update_columns(self.model, saliency.ema_decay)
+            set_saliency(self.model, saliency.k(step, total))
+        if sparsity.enabled:
+            block = sparsity.m if sparsity.mode == "block" else None
+            set_sparsity(self.model, lambda size: sparsity.kept(size, step, total), block)
 
     def _passes(self, ticket: int, batch: Batch, weights: dict[str, float]) -> list[Pass]:
         """One forward per distinct view; objectives with the identity view share it."""
@@ -284,6 +293,9 @@ class Loop:
             metrics[f"schedule/lr_{group['name']}"] = group["lr"]
         if isinstance(self.optimizer, Reports):
             metrics |= {f"train/{name}": value for name, value in self.optimizer.report().items()}
+        step, total = max(0, self.position.schedule_step - 1), settings.total_steps
+        if settings.saliency_curriculum.enabled:
+            metrics["schedule/saliency_k"] = settings.saliency_curriculum.k(step, total)
         return metrics | {
             "schedule/strength": self.position.strength,
             "train/grad_norm": sums.get("grad_norm", math.nan) / world()[1] / window.steps,

@@ -1,16 +1,21 @@
 """Settings of one stage of training, and the sizes that follow from them."""
 
-import itertools
 import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from bitray.data.settings import MixturePhase
-from bitray.objectives import Objectives
+from bitray.objectives import Objectives, combined_weights
 from bitray.optim import AdamW, Optimizer, ZClip
-from bitray.schedules import DistillationSchedule, LearningRateSchedule, StrengthWarmup
-from bitray.settings import Settings
+from bitray.schedules import (
+    ActivationSparsity,
+    Curriculum,
+    DistillationSchedule,
+    LearningRateSchedule,
+    SaliencyCurriculum,
+    StrengthWarmup,
+)
+from bitray.settings import Settings, nearest
 
 
 class Packing(Settings):
@@ -113,10 +118,10 @@ class TrainingSettings(Settings):
     max_seq_length: int = Field(default=1024, ge=8)
     packing: Packing = Packing()
     seed: int = 0
-    mixture_phases: tuple[MixturePhase, ...] = ()
-    """A curriculum: weights of the sources by share of the stage; none: those of the data."""
 
     objectives: Objectives = Objectives()
+    curriculum: Curriculum = Curriculum()
+    """Phases of the stage: weights of the objectives, and mixtures of the sources."""
     lm_loss_weight: float | None = Field(default=None, ge=0, le=1)
     """`a` in `(1-a) * hidden + a * (CE and KL)`; None leaves the objectives' own weights."""
     distillation_schedule: DistillationSchedule = DistillationSchedule()
@@ -128,6 +133,8 @@ class TrainingSettings(Settings):
     max_skipped_steps: int = Field(default=10, ge=1)
     """Stop after so many steps in a row with a gradient that is not finite."""
     lambda_warmup: StrengthWarmup = StrengthWarmup()
+    saliency_curriculum: SaliencyCurriculum = SaliencyCurriculum()
+    activation_sparsity: ActivationSparsity = ActivationSparsity()
 
     influence: InfluenceSettings = InfluenceSettings()
 
@@ -148,13 +155,17 @@ class TrainingSettings(Settings):
     resume: Resume = Resume()
 
     @model_validator(mode="after")
-    def _phases_follow_each_other(self) -> "TrainingSettings":
-        ends = [phase.until for phase in self.mixture_phases]
-        if ends and (ends[-1] != 1 or any(a >= b for a, b in itertools.pairwise(ends))):
-            raise ValueError(
-                f"mixture_phases end at {', '.join(f'{end:g}' for end in ends)} of the stage; each "
-                "`until` has to be above the one before it, and the last one 1.0"
-            )
+    def _phases_weigh_what_there_is(self) -> "TrainingSettings":
+        known = [name for name, each in self.objectives if each is not None]
+        for number, phase in enumerate(self.curriculum.phases):
+            for name in phase.weights:
+                if name not in known:
+                    there = name in type(self.objectives).model_fields
+                    hint = f"; give objectives.{name}" if there else nearest(name, known)
+                    raise ValueError(
+                        f"curriculum.phases.{number} weighs '{name}', which is none of this "
+                        f"stage's objectives ({', '.join(known)}){hint}"
+                    )
         return self
 
     @property
@@ -169,6 +180,30 @@ class TrainingSettings(Settings):
             return self.max_steps
         assert self.total_tokens is not None
         return max(1, self.total_tokens // (self.rows_per_step * self.max_seq_length))
+
+    def weights(self, step: int) -> dict[str, float]:
+        """Weight at a step of every objective that counts there."""
+        return combined_weights(
+            self.objectives,
+            self.lm_loss_weight,
+            self.distillation_schedule,
+            step,
+            self.total_steps,
+            curriculum=self.curriculum,
+        )
+
+    @property
+    def turns(self) -> list[int]:
+        """Steps among which every objective that ever counts does, and the first without any."""
+        held = round(self.distillation_schedule.hold * self.total_steps)
+        more = [step for step in (held, held + 1) if step < self.total_steps]
+        return sorted({*self.curriculum.turns(self.total_steps), *more})
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any objective that ever counts compares the student with a teacher."""
+        names = {name for step in self.turns for name in self.weights(step)}
+        return any(getattr(self.objectives, name).needs_teacher for name in names)
 
     def strength(self, step: int, initial: float) -> float:
         """Quantisation strength of a step in a stage whose predecessor ended at `initial`."""

@@ -12,7 +12,7 @@ import torch
 from bitray.models.batch import IGNORED, Batch
 from bitray.models.convert import to_bitnet
 from bitray.models.loading import build_model
-from bitray.models.losses import LossModel
+from bitray.models.losses import LossModel, TeacherOutput
 from bitray.objectives import Objectives
 from bitray.settings import UserError
 from bitray.training import state
@@ -94,8 +94,10 @@ def test_it_learns_and_strength_and_rates_follow_the_step(tmp_path: Path) -> Non
 def test_a_resumed_run_ends_bit_equal(tmp_path: Path) -> None:
     """At every step: state is tensors and a position, everything else a function of the step."""
     given = settings(
-        zclip={"enabled": True, "warmup_steps": 2, "threshold": 0.1}, max_grad_norm=None
-    )
+        zclip={"enabled": True, "warmup_steps": 2, "threshold": 0.1}, max_grad_norm=None,
+        saliency_curriculum={"enabled": True, "initial_k": 0.4, "update_interval": 2},
+        activation_sparsity={"enabled": True},
+    )  # fmt: skip
     clipped = Keep("train/zclipped_steps")
     whole = loop(given, sinks=[clipped])
     whole.run(tickets())
@@ -177,6 +179,38 @@ def test_an_objective_of_weight_zero_costs_no_teacher() -> None:
     run = loop(settings(objectives=objectives))  # no teacher is given
     run.run(tickets())
     assert run.position.step == 8
+
+
+class Asked:
+    """A teacher that notes at which steps it is asked."""
+
+    def __init__(self) -> None:
+        dense = build_model(CONFIG).requires_grad_(False)
+        self.real = InProcessTeacher(dense, autocast_for(CPU, "auto"))
+        self.steps: list[int] = []
+        self.run: Loop | None = None
+
+    def __call__(self, batch: Batch, layers: bool) -> TeacherOutput:
+        assert self.run is not None
+        self.steps.append(self.run.position.step)
+        return self.real(batch, layers)
+
+
+def test_a_teacher_is_asked_only_in_the_phases_that_need_it() -> None:
+    phases = [{"until": 0.25, "weights": {"logits_distill": 0}},
+              {"until": 0.75, "weights": {"logits_distill": 1, "continue_pretrain": 0}},
+              {"until": 1.0, "weights": {"logits_distill": 0}}]  # fmt: skip
+    given = settings(objectives={"logits_distill": {"weight": 3}}, curriculum={"phases": phases})
+    teacher = Asked()
+    run = loop(given, teacher=teacher)
+    teacher.run = run
+    run.run(tickets())
+    assert teacher.steps == [step for step in (2, 3, 4, 5) for _ in range(2)]
+    assert given.needs_teacher
+    never = {"phases": [{"until": 1.0, "weights": {"logits_distill": 0}}]}
+    assert not settings(
+        objectives={"logits_distill": {"weight": 3}}, curriculum=never
+    ).needs_teacher
 
 
 def test_distillation_pulls_the_student_to_its_teacher() -> None:

@@ -131,7 +131,11 @@ def held_out() -> dict[str, list[Batch]]:
     return {"a": made[:3], "b": made[3:]}
 
 
-SHORT = {"max_steps": 8, "lambda_warmup": {"warmup_steps": 6}}
+SHORT = {
+    "max_steps": 8, "lambda_warmup": {"warmup_steps": 6},
+    "saliency_curriculum": {"enabled": True, "initial_k": 0.3, "update_interval": 2},
+    "activation_sparsity": {"enabled": True, "mode": "block", "n": 3, "m": 5},
+}  # fmt: skip
 
 
 def everything(folder: Path) -> dict[str, Any]:
@@ -295,7 +299,7 @@ def test_one_worker_continues_what_two_began(one: Any, folder: Path) -> None:
 
 
 def _compiled(_: int) -> None:
-    changes = {"max_steps": 4, "lambda_warmup": {"warmup_steps": 2}}
+    changes = SHORT | {"max_steps": 4, "lambda_warmup": {"warmup_steps": 2}}
     compiled = trained(BLENDED, settings(torch_compile={"enabled": True}, **changes))
     plain = trained(BLENDED, settings(**changes))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
