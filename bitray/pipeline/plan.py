@@ -139,9 +139,9 @@ class Memory:
 
 
 def memory(config: Config, stage: str, parameters: int, model: PreTrainedModel) -> Memory:
-    """Masters, gradients and Adam's two moments are fp32 and sharded; the teacher is whole; a block
-    keeps about 16 numbers per token and hidden unit and 8 per token and FFN unit for the backward,
-    or its input alone under activation checkpointing."""
+    """Masters and gradients are fp32 and sharded, as is the optimizer's state; the teacher is
+    whole; a block keeps about 16 numbers per token and hidden unit and 8 per token and FFN unit for
+    the backward, or its input alone under activation checkpointing."""
     settings, scaling = config.stages[stage], config.scaling_of(stage)
     shape, low = model.config, 2 if scaling.use_gpu else 4
     tokens = settings.batch_size * settings.max_seq_length
@@ -158,7 +158,7 @@ def memory(config: Config, stage: str, parameters: int, model: PreTrainedModel) 
     return Memory(
         masters=4 * share,
         gradients=4 * share,
-        optimizer=8 * share,
+        optimizer=settings.optimizer.state_bytes(model) / scaling.num_workers,
         teacher=low * float(parameters) if settings.needs_teacher else 0.0,
         activations=float(low * tokens * per_token * shape.num_hidden_layers + chunk),
         influence=4 * share * settings.influence.depth * compared,

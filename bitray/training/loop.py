@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from bitray.data.tickets import Deal
 from bitray.models.batch import Batch
-from bitray.models.losses import LossModel, Term
+from bitray.models.losses import LossModel, Metrics, Term
 from bitray.nn.curricula import set_saliency, set_sparsity, track_columns, update_columns
 from bitray.nn.linear import set_strength
 from bitray.optim import Reports, clip_grad_norm, set_learning_rates
@@ -62,6 +62,8 @@ class Window:
     started: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
     steps: int = 0
+    updates: int = 0
+    """Steps that were not skipped."""
 
 
 @dataclass
@@ -125,16 +127,20 @@ class Loop:
         step, total = position.schedule_step, settings.total_steps
         torch.manual_seed(seed_of(settings.seed, self.stage, position.step, world()[0]))
         self._quantise(step, total)
-        set_learning_rates(self.optimizer, settings.schedule.factor(step, total))
+        own = settings.optimizer.group_schedule.items()
+        by_group = {name: schedule.factor(step, total) for name, schedule in own}
+        set_learning_rates(self.optimizer, settings.schedule.factor(step, total), by_group)
         weights = settings.weights(step)
         passes = [p for ticket, batch in batches for p in self._passes(ticket, batch, weights)]
         counts = self._count([batch for _, batch in batches], passes, weights)
         scales = {name: weight / max(counts[name], 1.0) for name, weight in weights.items()}
+        found = []
         for index, each in enumerate(passes):
             synchronize_gradients(self.model, on=index == len(passes) - 1)
-            self._forward_backward(each, scales)
-        self._update()
-        self._note([batch for _, batch in batches], counts, weights)
+            found.append(self._forward_backward(each, scales))
+        self._note([batch for _, batch in batches], counts)
+        if self._update():
+            self._add(found, counts, weights)
 
     def _quantise(self, step: int, total: int) -> None:
         """Strength, salient columns and sparsity of a step."""
@@ -184,7 +190,8 @@ class Loop:
             )
         return counts
 
-    def _forward_backward(self, each: Pass, scales: dict[str, float]) -> None:
+    def _forward_backward(self, each: Pass, scales: dict[str, float]) -> Metrics:
+        """Gradients of a pass; its sums."""
         terms = {"head": [], "layer": []}  # type: dict[str, list[Term]]
         needs_teacher = False
         for name in each.names:
@@ -200,13 +207,11 @@ class Loop:
             arguments = (terms["head"], terms["layer"], output, sources)
             loss, metrics = self.model(each.view, *arguments)
         loss.backward()
-        if sources:
-            self.source_sums[1:] += metrics.pop("by_source")
-        for key, value in metrics.items():
-            self.window.sums[key] += value.double()
+        return metrics
 
-    def _update(self) -> None:
-        """Clip and step; a gradient that is not finite is counted and leaves everything alone."""
+    def _update(self) -> bool:
+        """Clip and step; a gradient that is not finite is counted and leaves everything alone.
+        Whether it was finite, alike on all workers."""
         position = self.position
         limit = self.settings.max_grad_norm if self.settings.optimizer.enable_clipping else None
         norm = clip_grad_norm(self.model.parameters(), limit).item()
@@ -226,6 +231,7 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         position.step += 1
         position.schedule_step += 1
+        return math.isfinite(norm)
 
     def _zclip(self, norm: float) -> None:
         """Clip once more a norm that stands out from those before it."""
@@ -239,19 +245,29 @@ class Loop:
 
     # --------------------------------------------------------------------------- after a step
 
-    def _note(
-        self, batches: list[Batch], counts: dict[str, float], weights: dict[str, float]
-    ) -> None:
+    def _note(self, batches: list[Batch], counts: dict[str, float]) -> None:
+        """What a step went through, whatever came of it."""
         for batch in batches if self.sources else ():
             tokens = batch.real.sum(1).double()
             self.source_sums[0].index_add_(0, batch.source_id, tokens)
-        for name, count in counts.items():
-            self.window.counts[name] += count
-        for name, weight in weights.items():
-            self.window.counts[f"weight/{name}"] = weight
+        self.window.counts["tokens"] += counts["tokens"]
         self.window.steps += 1
         self.position.tokens += round(counts["tokens"])
         self.stopped = counts["stop"] > 0
+
+    def _add(
+        self, found: list[Metrics], counts: dict[str, float], weights: dict[str, float]
+    ) -> None:
+        """Losses of a step that was not skipped: one that is not finite would stay in every sum."""
+        for metrics in found:
+            if "by_source" in metrics:
+                self.source_sums[1:] += metrics.pop("by_source")
+            for key, value in metrics.items():
+                self.window.sums[key] += value.double()
+        for name, weight in weights.items():
+            self.window.counts[name] += counts[name]
+            self.window.counts[f"weight/{name}"] = weight
+        self.window.updates += 1
 
     def _after(self) -> None:
         step, last = self.position.step, self.position.step >= self.settings.total_steps
@@ -274,7 +290,8 @@ class Loop:
         by_source = self.source_sums - (0 if window.before is None else window.before)
         tokens, nll, labels = all_reduce_sums(by_source).tolist()
         seconds = time.perf_counter() - window.started
-        metrics: dict[str, float] = {"train/loss": 0.0}
+        updates = window.updates or math.nan
+        metrics: dict[str, float] = {"train/loss": 0.0 * updates}
         for name in (key[7:] for key in window.counts if key.startswith("weight/")):
             count = max(window.counts[name], 1.0)
             weight = window.counts[f"weight/{name}"]
@@ -298,7 +315,7 @@ class Loop:
             metrics["schedule/saliency_k"] = settings.saliency_curriculum.k(step, total)
         return metrics | {
             "schedule/strength": self.position.strength,
-            "train/grad_norm": sums.get("grad_norm", math.nan) / world()[1] / window.steps,
+            "train/grad_norm": sums.get("grad_norm", math.nan) / world()[1] / updates,
             "train/zclipped_steps": sums.get("zclipped", 0.0) / world()[1],
             "train/tokens": float(self.position.tokens),
             "train/tokens_per_second": window.counts["tokens"] / seconds,

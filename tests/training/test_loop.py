@@ -243,6 +243,37 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_poisons_nothing() -> N
     assert all(value.isfinite().all() for value in weights(run).values())
 
 
+def test_a_skipped_step_is_in_no_average() -> None:
+    """One poisoned step in a window of four: its tokens count, its loss does not."""
+    kept, clean = Keep("train/loss"), Keep("train/loss")
+    run = loop(settings(max_steps=4, log_every=4), sinks=[kept], sources=("a",))
+    poison = run.model.model.model.norm.weight.register_hook(
+        lambda grad: grad * (math.nan if run.position.step == 3 else 1)
+    )
+    run.run(tickets())
+    assert run.position.skipped == 1 and run.position.step == 4
+    three = loop(settings(max_steps=4, log_every=3), sinks=[clean])
+    three.hooks = [Every(3, lambda each: setattr(each, "stopped", True))]
+    three.run(tickets())
+    assert kept.values == [pytest.approx(clean.values[0], rel=1e-6)]
+    assert run.source_sums[0].item() == 4 * 4 * 22 and run.source_sums[2].item() == 3 * 4 * 20
+    for name, value in weights(three).items():
+        assert torch.equal(value, weights(run)[name])
+    poison.remove()
+
+
+def test_groups_follow_schedules_of_their_own() -> None:
+    own = {"no_decay": {"type": "linear", "warmup_steps": 0, "min_ratio": 0.5}}
+    kept = [Keep(f"schedule/lr_{name}") for name in ("decay", "no_decay")]
+    given = settings(
+        optimizer={"type": "adamw", "lr": 1e-3, "group_lr": {"no_decay": 8e-3},
+                   "group_schedule": own}, schedule={"type": "constant", "warmup_steps": 0},
+    )  # fmt: skip
+    loop(given, sinks=kept).run(tickets())
+    assert kept[0].values == [1e-3] * 8
+    assert kept[1].values == pytest.approx([8e-3 * (1 - step / 16) for step in range(8)])
+
+
 def test_a_batch_without_any_label_is_refused() -> None:
     def masked() -> Iterator[tuple[int, Batch]]:
         for ticket, b in tickets():
