@@ -46,7 +46,7 @@ def choices(*groups: str) -> list[tuple[str, str]]:
     return [(g, name) for g, names in Config.groups().items() if g in groups for name in names]
 
 
-@pytest.mark.parametrize(("group", "name"), choices("model", "scaling", "pipeline"))
+@pytest.mark.parametrize(("group", "name"), choices("model", "scaling", "pipeline", "gpu"))
 def test_every_preset_loads(group: str, name: str) -> None:
     assert Config.load(overrides=[f"{group}={name}"])
 

@@ -58,6 +58,21 @@ class Scaling(Settings):
     """Restarts of the worker group before a run gives up."""
 
 
+class MicroBatch(Settings):
+    """A global batch cut up."""
+
+    batch_size: int = Field(ge=1)
+    gradient_accumulation_steps: int = Field(ge=1)
+
+
+class GPU(Settings):
+    """A kind of GPU, and the micro-batches that fit it; settings of stages go before them."""
+
+    name: str
+    batches: dict[str, dict[str, MicroBatch]] = {}
+    """By short name of the model and by stage."""
+
+
 class StageSettings(TrainingSettings):
     """Training settings of one stage, and its place in a pipeline."""
 
@@ -153,6 +168,8 @@ class Config(Composed):
     """The default of every stage."""
     stages: dict[str, StageSettings] = Field(min_length=1)
     scaling: Scaling = Scaling()
+    gpu: GPU | None = None
+    """Micro-batches by model and stage, laid over the stages' presets."""
     output_dir: str = "runs"
     experiment: str | None = None
     """Folder of the run below `output_dir`; None: `bitray_{model}`."""
@@ -164,7 +181,9 @@ class Config(Composed):
 
     @classmethod
     def arrange(cls, preset: Tree, said: Sequence[Tree]) -> Tree:
-        """Stage preset < `training.*` < `stages.NAME.*`; a later voice wins over an earlier one."""
+        """Stage preset < `gpu` < `training.*` < `stages.NAME.*`; a later voice wins over an earlier
+        one."""
+        preset = _fitted(preset, said)
         for tree in said:
             stages = dict(preset.get("stages", {}))
             own = tree.get("stages") or {}
@@ -248,6 +267,16 @@ class Config(Composed):
     def scaling_of(self, stage: str) -> Scaling:
         """The stage's own scaling, else the run's."""
         return self.stages[stage].scaling or self.scaling
+
+
+def _fitted(preset: Tree, said: Sequence[Tree]) -> Tree:
+    """The presets with the micro-batches of the chosen kind of GPU for the model."""
+    models = [tree.get("model") for tree in (preset, *said)]
+    names = [model["name"] for model in models if isinstance(model, dict) and "name" in model]
+    known = (preset.get("gpu") or {}).get("batches", {}).get(names[-1] if names else None, {})
+    stages = preset.get("stages", {})
+    fitting = {name: batch for name, batch in known.items() if name in stages}
+    return merge(preset, {"stages": fitting}) if fitting else preset
 
 
 def _check_stage_names(own: Tree, known: Tree) -> None:

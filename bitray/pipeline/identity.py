@@ -13,7 +13,9 @@ from bitray import storage
 from bitray.pipeline.config import Config
 from bitray.settings import UserError
 
-_ELSEWHERE = {"output_dir", "experiment", "logging", "report", "export", "resume", "scaling"}
+_ELSEWHERE = {
+    "output_dir", "experiment", "logging", "report", "export", "resume", "scaling", "gpu",
+}  # fmt: skip
 """Settings that change where things go or who computes them, not what is computed."""
 _BESIDE = {"log_every", "save_every", "keep_last", "resume", "scaling", "logits_chunk"}
 """The same within a stage."""

@@ -102,13 +102,29 @@ class Loop:
         """Train until the stage's end, or until somebody asks to stop (then `stopped` is set)."""
         self.model.train()
         self.window = Window(before=self.source_sums.clone())
-        while self.position.step < self.settings.total_steps and not self.stopped:
+        while not (self.at_end or self.stopped):
             began = time.perf_counter()
             batches = self._draw(tickets)
             self.window.waited += time.perf_counter() - began
             self._step(batches)
             self._after()
         return self.position
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the last step is taken, or a plateau was reached."""
+        position = self.position
+        plateau = self.settings.early_stopping.enabled and position.ended is not None
+        return plateau or position.step >= self.settings.total_steps
+
+    def watch(self, loss: float) -> None:
+        """Take note of a held-out loss, alike on all workers; at a plateau the stage ends, but not
+        before its strength is what it will be."""
+        stopping, position = self.settings.early_stopping, self.position
+        last = self.settings.strength(self.settings.total_steps, position.initial_strength)
+        if stopping.enabled and position.strength == last:
+            position.plateau = stopping.watch(position.plateau, loss)
+            position.ended = stopping.reason(position.plateau)
 
     # --------------------------------------------------------------------------------- a step
 
@@ -270,13 +286,18 @@ class Loop:
         self.window.updates += 1
 
     def _after(self) -> None:
-        step, last = self.position.step, self.position.step >= self.settings.total_steps
-        if step % self.settings.log_every == 0 or last or self.stopped:
-            self.write(self._summary())
-            self.window = Window(before=self.source_sums.clone())
+        step = self.position.step
+        if step % self.settings.log_every == 0 or self.at_end or self.stopped:
+            self._log()
         for hook in self.hooks:
-            if step % hook.period == 0 or last or self.stopped:
+            if step % hook.period == 0 or self.at_end or self.stopped:
                 hook.fn(self)
+        if self.window.steps and self.at_end:  # since an evaluation just now
+            self._log()
+
+    def _log(self) -> None:
+        self.write(self._summary())
+        self.window = Window(before=self.source_sums.clone())
 
     def write(self, metrics: dict[str, float]) -> None:
         """Metrics of the current step to every sink (of rank 0)."""

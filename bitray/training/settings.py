@@ -16,6 +16,7 @@ from bitray.schedules import (
     StrengthWarmup,
 )
 from bitray.settings import Settings, nearest
+from bitray.training.plateau import EarlyStopping
 
 
 class Packing(Settings):
@@ -152,6 +153,7 @@ class TrainingSettings(Settings):
     """Held-out rows per domain of the evaluations during training."""
     save_every: int = Field(default=200, ge=1)
     keep_last: int = Field(default=5, ge=1)
+    early_stopping: EarlyStopping = EarlyStopping()
     resume: Resume = Resume()
 
     @model_validator(mode="after")

@@ -18,6 +18,7 @@ from bitray.models.losses import LossModel
 from bitray.nn.curricula import column_ranges, load_column_ranges
 from bitray.optim import Norms
 from bitray.settings import UserError
+from bitray.training.plateau import Plateau
 from bitray.training.settings import Resume
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -42,11 +43,15 @@ class Position:
     """Lowest mean held-out loss so far."""
     norms: Norms = field(default_factory=Norms)
     """What ZClip knows of gradient norms."""
+    plateau: Plateau = field(default_factory=Plateau)
+    ended: str | None = None
+    """Why the stage has ended before its last step."""
 
     @classmethod
     def from_json(cls, held: dict[str, Any]) -> "Position":
         """What `as_json` made of it."""
-        return cls(**held | {"norms": Norms(*held.get("norms", ()))})
+        norms, plateau = Norms(*held.get("norms", ())), Plateau(*held.get("plateau", ()))
+        return cls(**held | {"norms": norms, "plateau": plateau})
 
 
 def tensors_of(model: LossModel, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
