@@ -116,6 +116,14 @@ class TrainingSettings(Settings):
     """Length of the stage in tokens, where `max_steps` is not given."""
     batch_size: int = Field(default=8, ge=1)
     gradient_accumulation_steps: int = Field(default=8, ge=1)
+    auto_batch_size: bool = False
+    """Before the stage find the largest micro-batch that fits every worker, by trial; the global
+    batch stays `batch_size * gradient_accumulation_steps`."""
+    memory_limit_gb: float | None = Field(default=None, gt=0)
+    """What a worker may take, for `auto_batch_size`. None: its GPU's memory, or on CPUs its share
+    of what is free."""
+    memory_margin: float = Field(default=0.1, ge=0, lt=1)
+    """Share of it that is left free."""
     max_seq_length: int = Field(default=1024, ge=8)
     packing: Packing = Packing()
     seed: int = 0
