@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from bitray.schedules import DistillationSchedule, LearningRateSchedule, StrengthWarmup, ramp
+from bitray.schedules import (
+    ActivationSparsity,
+    Curriculum,
+    DistillationSchedule,
+    LearningRateSchedule,
+    SaliencyCurriculum,
+    StrengthWarmup,
+    ramp,
+)
 
 TOTALS = st.integers(1, 5000)
 SHAPES = st.sampled_from(["linear", "cosine"])
@@ -74,6 +82,52 @@ def test_no_warmup_means_full_from_step_0():
 def test_a_falling_strength_is_refused():
     with pytest.raises(ValidationError, match="min"):
         StrengthWarmup(min=0.8, max=0.2)
+
+
+# ---- saliency and sparse activations
+
+
+@settings(deadline=None)
+@given(TOTALS, st.none() | st.integers(0, 6000), SHAPES, st.floats(0, 1), st.floats(0, 1))
+def test_saliency_is_held_and_then_falls_to_exactly_its_end(total, warmup, kind, a, b):
+    high, low = max(a, b), min(a, b)
+    made = SaliencyCurriculum(
+        initial_k=high, final_k=low, schedule_type=kind, warmup_steps=warmup, enabled=True
+    )
+    held = min(1000, total // 4) if warmup is None else warmup
+    values = [made.k(s, total) for s in range(0, total, max(1, total // 50))]
+    assert all(low <= v <= high + EPS for v in values)
+    assert all(x >= y - EPS for x, y in itertools.pairwise(values))
+    assert made.k(held, total) == pytest.approx(high) or held >= total - 1
+    if held < total - 1:
+        assert made.k(total - 1, total) == made.k(total + 5, total) == low
+
+
+def test_saliency_values():
+    linear = SaliencyCurriculum(warmup_steps=10, schedule_type="linear")
+    assert linear.k(10, 111) == 0.1
+    assert linear.k(35, 111) == pytest.approx(0.075)
+    cosine = SaliencyCurriculum(warmup_steps=10)
+    assert cosine.k(35, 111) == pytest.approx(0.1 * (1 + math.cos(math.pi / 4)) / 2)
+    assert SaliencyCurriculum().k(999, 1000) == 0
+    with pytest.raises(ValidationError, match="final_k"):
+        SaliencyCurriculum(initial_k=0.1, final_k=0.2)
+
+
+def test_so_many_activations_are_kept():
+    topk = ActivationSparsity(warmup={"warmup_steps": 1000})
+    kept = [topk.kept(2560, step, 5000) for step in (0, 500, 999, 1000, 4000)]
+    assert kept == [2560, math.floor(0.695 * 2560), math.floor((1 - 0.60939) * 2560), 998, 998]
+    assert topk.kept(1, 4000, 5000) == topk.kept(2, 4000, 5000) == 1
+    block = ActivationSparsity(mode="block", n=2, m=8, warmup={"warmup_steps": 6})
+    assert [block.kept(8, step, 100) for step in range(8)] == [8, 7, 6, 5, 4, 3, 2, 2]
+    assert ActivationSparsity().kept(100, 25, 100) == ActivationSparsity().kept(100, 99, 100) == 39
+    assert ActivationSparsity(n=4, m=4, mode="block").kept(4, 9, 9) == 4
+
+
+def test_more_than_all_cannot_be_kept():
+    with pytest.raises(ValidationError, match=r"n \(5\) of every m \(4\)"):
+        ActivationSparsity(mode="block", n=5, m=4)
 
 
 # ---- learning rate
@@ -172,3 +226,63 @@ def test_distillation_shapes():
     assert linear.share(75, 100, 0.5) == pytest.approx(0.25)
     cosine = DistillationSchedule(type="cosine", hold=0.0)
     assert cosine.share(25, 100, 0.5) == pytest.approx(0.25 * (1 + math.cos(math.pi / 4)))
+
+
+# ---- phases
+
+BASE = [
+    {"name": "warmup", "until": 0.1, "weights": {"ce": 1, "dlm": 0}},
+    {"name": "dlm_ramp", "until": 0.3, "weights": {"ce": 1, "dlm": 0.3}},
+    {"name": "main", "until": 0.8, "weights": {"dlm": 0.5}},
+    {"name": "dlm_focus", "until": 1.0, "weights": {"ce": 0.5, "dlm": 1}},
+]
+OWN = {"ce": 1.0, "dlm": 0.7, "other": 0.25}
+
+
+def _phases(interpolation: str) -> Curriculum:
+    return Curriculum.model_validate({"interpolation": interpolation, "phases": BASE})
+
+
+def test_phases_switch_at_their_share_of_the_stage_and_leave_alone_what_they_do_not_name():
+    found = [_phases("step").weights(OWN, step, 20) for step in range(20)]
+    assert [each["dlm"] for each in found] == [0] * 2 + [0.3] * 4 + [0.5] * 10 + [1] * 4
+    assert [each["ce"] for each in found] == [1] * 16 + [0.5] * 4
+    assert {each["other"] for each in found} == {0.25}
+    assert _phases("step").weights(OWN, 25, 20) == found[-1]
+    assert Curriculum().weights(OWN, 3, 20) == OWN
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_phases_begin_where_the_last_one_ended_and_reach_their_own_weights(kind):
+    phases = _phases(kind)
+    at = {step: phases.weights(OWN, step, 1000)["dlm"] for step in range(1000)}
+    assert at[0] == at[99] == at[100] == 0
+    for begin, end, low, high in ((100, 300, 0, 0.3), (300, 800, 0.3, 0.5), (800, 1000, 0.5, 1)):
+        quarter = 0.25 if kind == "linear" else (1 - math.cos(math.pi / 4)) / 2
+        assert at[begin] == pytest.approx(low)
+        assert at[begin + (end - begin) // 4] == pytest.approx(low + quarter * (high - low))
+        assert at[(begin + end) // 2] == pytest.approx((low + high) / 2)
+        assert at[end - 1] == pytest.approx(high, abs=0.005)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.floats(0.001, 0.999), max_size=4, unique=True),
+    st.data(),
+    st.sampled_from(["step", "linear", "cosine"]),
+    st.integers(1, 60),
+)
+def test_turns_tell_of_every_step_which_weights_are_above_0(ends, data, kind, total):
+    weight = st.sampled_from([0.0, 0.0, 0.5, 1.0])
+    phases = [
+        {"until": end, "weights": {"a": data.draw(weight), "b": data.draw(weight)}}
+        for end in [*sorted(ends), 1.0]
+    ]
+    made = Curriculum.model_validate({"interpolation": kind, "phases": phases})
+
+    def above(steps):
+        found = [made.weights({"a": 0.0, "b": 0.0}, step, total) for step in steps]
+        return {frozenset(name for name, weight in each.items() if weight > 0) for each in found}
+
+    some, every = above(made.turns(total)), above(range(total))
+    assert some == every

@@ -40,15 +40,6 @@ class OverlapSettings(Settings):
     """Pairs to show, of each kind."""
 
 
-class MixturePhase(Settings):
-    """A part of a stage with weights of its own."""
-
-    until: float = Field(gt=0, le=1)
-    """Share of the stage's steps at which it ends."""
-    weights: dict[str, float]
-    """Token shares by source, relative to each other; a source that is not named gets none."""
-
-
 class DataSettings(Settings):
     """What to train on."""
 

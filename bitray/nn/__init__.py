@@ -11,6 +11,8 @@ _HOME = {
     "set_strength": "linear",
     "strength_of": "linear",
     "SubLN": "norm",
+    "set_saliency": "curricula",
+    "set_sparsity": "curricula",
 }
 __all__ = list(_HOME)
 

@@ -23,6 +23,7 @@ from bitray.nn.quantize import (
     token_codes,
     token_range,
 )
+from bitray.nn.sparse import sparse
 from bitray.settings import UserError
 
 _VNNI = torch.cpu._is_vnni_supported() and torch.backends.mkldnn.is_available()
@@ -40,6 +41,9 @@ class BitLinear(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter | None
     strength: Tensor
+    salient: Tensor | None
+    """Columns that training leaves unquantised, and the running range of all: `nn.curricula`."""
+    column_range: Tensor | None
 
     def __init__(
         self,
@@ -59,6 +63,11 @@ class BitLinear(nn.Module):
         self.full_strength = True
         self.fp8: torch.dtype | None = None
         """Train at full strength by the approximate product in 8-bit floats, rounded to this."""
+        self.register_buffer("salient", None, persistent=False)
+        self.register_buffer("column_range", None, persistent=False)
+        self.kept: Tensor | None = None
+        """Activations that training keeps of each group of `block`, or of a token."""
+        self.block: int | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -92,11 +101,16 @@ class BitLinear(nn.Module):
         dtype = compute_dtype(x)
         if self.subln is not None:
             x = self.subln(x)
-        if self.full_strength and self.fp8 is not None and self.training:
-            return TernaryFP8.apply(x, self.weight, self.bias, dtype, self.fp8)
-        if self.full_strength:
+        if self.training and self.kept is not None:
+            x = sparse(x, self.kept, self.block)
+        salient = self.salient if self.training else None
+        if self.full_strength and salient is None:
+            if self.fp8 is not None and self.training:
+                return TernaryFP8.apply(x, self.weight, self.bias, dtype, self.fp8)
             return _Ternary.apply(x, self.weight, self.bias, dtype)
-        return _Blended.apply(x, self.weight, self.bias, self.strength.float(), dtype)
+        strength = self.strength.float()
+        columns = strength if salient is None else strength * ~salient
+        return _Blended.apply(x, self.weight, self.bias, strength, columns, dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
@@ -168,7 +182,8 @@ class _Ternary(torch.autograd.Function):
 
 
 class _Blended(torch.autograd.Function):
-    """Strength below 1: values between master and code. Saves x itself, recomputes the blends."""
+    """Strength below 1, of x or of some columns of the weight: values between master and code.
+    Saves x itself, recomputes the blends."""
 
     @staticmethod
     def forward(  # noqa: PLR0917 - autograd passes by position
@@ -177,27 +192,28 @@ class _Blended(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         strength: Tensor,
+        columns: Tensor,
         dtype: torch.dtype,
     ) -> Tensor:
         largest, scale = token_range(x), ternary_scale(weight)
-        ctx.save_for_backward(x, largest, weight, scale, strength)
+        ctx.save_for_backward(x, largest, weight, scale, strength, columns)
         ctx.dtype = dtype
         return F.linear(
             _blend_x(x, largest, strength).to(dtype),
-            _blend_weight(weight, scale, strength).to(dtype),
+            _blend_weight(weight, scale, columns).to(dtype),
             None if bias is None else bias.to(dtype),
         )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, largest, weight, scale, strength = ctx.saved_tensors
+        x, largest, weight, scale, strength, columns = ctx.saved_tensors
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ _blend_weight(weight, scale, strength).to(ctx.dtype)).to(x.dtype)
+            grad_x = (grad @ _blend_weight(weight, scale, columns).to(ctx.dtype)).to(x.dtype)
         if ctx.needs_input_grad[1]:
             blend = _blend_x(x, largest, strength).to(ctx.dtype)
             grad_weight = _outer(grad, blend).to(weight.dtype)
-        return grad_x, grad_weight, _bias_grad(ctx, grad), None, None
+        return grad_x, grad_weight, _bias_grad(ctx, grad), None, None, None
 
 
 def _blend_weight(weight: Tensor, scale: Tensor, strength: Tensor) -> Tensor:

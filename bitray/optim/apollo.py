@@ -49,6 +49,9 @@ class Apollo(ApolloSettings):
     """Dimensions of the projection; the paper's is a quarter of the model's width."""
     scale: float = Field(default=1.0, gt=0)
 
+    def matrix_bytes(self, rows: int, columns: int) -> float:
+        return 8.0 * max(rows, columns) * min(self.rank, rows, columns)
+
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer of a model's trainable parameters, after they have been sharded."""
         return ApolloOptimizer(self.apollo_groups(model, self.type, self.rank, self.scale))

@@ -17,6 +17,9 @@ class ApolloMini(ApolloSettings):
     scale: float = Field(default=128**0.5, gt=0)
     """What one dimension underestimates the scale by; the paper's square root of 128."""
 
+    def matrix_bytes(self, rows: int, columns: int) -> float:
+        return 8.0 * max(rows, columns)
+
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer of a model's trainable parameters, after they have been sharded."""
         return ApolloMiniOptimizer(self.apollo_groups(model, self.type, 1, self.scale))

@@ -3,13 +3,14 @@
 from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from bitray.optim.groups import Group, block_matrices, param_groups
-from bitray.settings import Settings
+from bitray.schedules import LearningRateSchedule
+from bitray.settings import Settings, UserError, nearest
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -24,6 +25,27 @@ class OptimizerSettings(Settings):
     """Of matrices; norms and biases never decay."""
     enable_clipping: bool = True
     """Clip the global gradient norm; False only measures it."""
+    group_lr: dict[str, Rate] = {}
+    """Peak learning rates of single groups: `decay` (matrices), `no_decay` (norms, biases), and of
+    optimizers with a rule for the matrices of decoder blocks these under the optimizer's type."""
+    group_schedule: dict[str, LearningRateSchedule] = {}
+    """Schedules of single groups; each is relative to the group's own peak."""
+
+    @model_validator(mode="after")
+    def _groups_exist(self) -> "OptimizerSettings":
+        for field in ("group_lr", "group_schedule"):
+            for name in getattr(self, field):
+                if name not in self.group_names():
+                    raise ValueError(
+                        f"{field}.{name}: there is no such parameter group"
+                        f"{nearest(name, self.group_names())}; there are: "
+                        f"{', '.join(self.group_names())}"
+                    )
+        return self
+
+    def group_names(self) -> tuple[str, ...]:
+        """Parameter groups that a model may have."""
+        return ("decay", "no_decay")
 
     def adamw_groups(
         self, model: nn.Module, lr: float, besides: list[nn.Parameter] | None = None
@@ -31,13 +53,23 @@ class OptimizerSettings(Settings):
         """Groups for AdamW of all parameters of a model but those `besides`."""
         groups = param_groups(model, self.weight_decay, besides or [])
         for group in groups:
-            group |= {"lr": lr, "peak_lr": lr, "betas": self.betas, "eps": self.eps}
+            group.update(betas=self.betas, eps=self.eps, **self.rate(group["name"], lr))
         return groups
+
+    def rate(self, name: str, lr: float) -> Group:
+        """Peak and present learning rate of a group whose peak is `lr` if nothing else is said."""
+        peak = self.group_lr.get(name, lr)
+        return {"lr": peak, "peak_lr": peak}
+
+    def state_bytes(self, model: nn.Module) -> float:
+        """Bytes of state of all workers together; `model` need not have weights."""
+        return 8.0 * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 class MatrixSettings(OptimizerSettings):
     """Of optimizers with a rule for the matrices of decoder blocks."""
 
+    type: str
     adamw_lr: Rate = 3e-4
     """Peak learning rate of AdamW, which takes the rest: embeddings, head, norms, biases."""
 
@@ -47,13 +79,31 @@ class MatrixSettings(OptimizerSettings):
         first = {"name": name, "params": matrices, "weight_decay": self.weight_decay}
         rest = self.adamw_groups(model, self.adamw_lr, besides=matrices)
         # `fused` tells torch that the counters of steps live where the parameters do
-        return [first | {"lr": lr, "peak_lr": lr}, *(group | {"fused": True} for group in rest)]
+        return [first | self.rate(name, lr), *(group | {"fused": True} for group in rest)]
+
+    def group_names(self) -> tuple[str, ...]:
+        return (self.type, *super().group_names())
+
+    def state_bytes(self, model: nn.Module) -> float:
+        matrices = block_matrices(model, self.type)
+        rest = super().state_bytes(model) - 8.0 * sum(p.numel() for p in matrices)
+        return rest + sum(self.matrix_bytes(p.shape[0], p.shape[1]) for p in matrices)
+
+    def matrix_bytes(self, rows: int, columns: int) -> float:
+        """Bytes of state of a matrix of a decoder block."""
+        raise NotImplementedError
 
 
 class Mixed(torch.optim.Optimizer):
     """The first group follows `update`, all others AdamW."""
 
     def __init__(self, groups: list[Group]) -> None:
+        for parameter in groups[0]["params"]:
+            if parameter.ndim != 2:
+                raise UserError(
+                    f"'{groups[0]['name']}' works on matrices, and was given a parameter of shape "
+                    f"{tuple(parameter.shape)}; leave that to AdamW"
+                )
         super().__init__(groups, {})
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """Which parameter is treated how, and setting the learning rate of each group."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,10 +60,12 @@ def assert_partition(model: nn.Module, groups: list[Group]) -> None:
     )
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Every group's learning rate as `factor` times its own peak."""
+def set_learning_rates(
+    optimizer: torch.optim.Optimizer, factor: float, by_group: Mapping[str, float] | None = None
+) -> None:
+    """Every group's learning rate as `factor`, or one of its own, times its own peak."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+        group["lr"] = group["peak_lr"] * (by_group or {}).get(group["name"], factor)
 
 
 def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -37,6 +37,9 @@ class MuonSettings(MatrixSettings):
         own = {"momentum": self.momentum, "newton_schulz_steps": self.newton_schulz_steps}
         return [first | own, *rest]
 
+    def matrix_bytes(self, rows: int, columns: int) -> float:
+        return 4.0 * rows * columns
+
 
 class Muon(MuonSettings):
     """Nesterov momentum, orthogonalised by Newton-Schulz, for the matrices of decoder blocks."""

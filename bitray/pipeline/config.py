@@ -65,6 +65,21 @@ class Scaling(Settings):
     """Restarts of the worker group before a run gives up."""
 
 
+class MicroBatch(Settings):
+    """A global batch cut up."""
+
+    batch_size: int = Field(ge=1)
+    gradient_accumulation_steps: int = Field(ge=1)
+
+
+class GPU(Settings):
+    """A kind of GPU, and the micro-batches that fit it; settings of stages go before them."""
+
+    name: str
+    batches: dict[str, dict[str, MicroBatch]] = {}
+    """By short name of the model and by stage."""
+
+
 class StageSettings(TrainingSettings):
     """Training settings of one stage, and its place in a pipeline."""
 
@@ -160,6 +175,8 @@ class Config(Composed):
     """The default of every stage."""
     stages: dict[str, StageSettings] = Field(min_length=1)
     scaling: Scaling = Scaling()
+    gpu: GPU | None = None
+    """Micro-batches by model and stage, laid over the stages' presets."""
     output_dir: str = "runs"
     experiment: str | None = None
     """Folder of the run below `output_dir`; None: `bitray_{model}`."""
@@ -171,7 +188,9 @@ class Config(Composed):
 
     @classmethod
     def arrange(cls, preset: Tree, said: Sequence[Tree]) -> Tree:
-        """Stage preset < `training.*` < `stages.NAME.*`; a later voice wins over an earlier one."""
+        """Stage preset < `gpu` < `training.*` < `stages.NAME.*`; a later voice wins over an earlier
+        one."""
+        preset = _fitted(preset, said)
         for tree in said:
             stages = dict(preset.get("stages", {}))
             own = tree.get("stages") or {}
@@ -245,7 +264,8 @@ class Config(Composed):
                 f"{influence.min_weight:g} and max_weight {influence.max_weight:g} and sum to 1; "
                 f"min_weight must be at most {1 / sources:.4g} and max_weight at least that"
             )
-        if influence.method == "ado" and not stage.objectives.active(0, 1).get("continue_pretrain"):
+        always = all("continue_pretrain" in stage.weights(step) for step in stage.turns)
+        if influence.method == "ado" and not always:
             found.append(f"{where}.method: ado needs the loss of continue_pretrain, which is off")
         return found
 
@@ -267,6 +287,16 @@ class Config(Composed):
         return self.stages[stage].scaling or self.scaling
 
 
+def _fitted(preset: Tree, said: Sequence[Tree]) -> Tree:
+    """The presets with the micro-batches of the chosen kind of GPU for the model."""
+    models = [tree.get("model") for tree in (preset, *said)]
+    names = [model["name"] for model in models if isinstance(model, dict) and "name" in model]
+    known = (preset.get("gpu") or {}).get("batches", {}).get(names[-1] if names else None, {})
+    stages = preset.get("stages", {})
+    fitting = {name: batch for name, batch in known.items() if name in stages}
+    return merge(preset, {"stages": fitting}) if fitting else preset
+
+
 def _check_stage_names(own: Tree, known: Tree) -> None:
     for name, values in own.items():
         new = isinstance(values, dict) and {"max_steps", "total_tokens", "convert_only"} & set(
@@ -281,11 +311,12 @@ def _check_stage_names(own: Tree, known: Tree) -> None:
 
 def _phase_problems(name: str, stage: StageSettings, data: DataSettings) -> list[str]:
     found = []
-    for number, phase in enumerate(stage.mixture_phases):
+    for number, phase in enumerate(stage.curriculum.phases):
         try:
-            quantise(phase.weights, tuple(data.sources))
+            quantise(data.shares() if phase.mixture is None else phase.mixture, tuple(data.sources))
         except UserError as error:
-            found.append(f"stages.{name}.mixture_phases.{number}.{error}")
+            said = str(error).replace("weights", "mixture", 1)
+            found.append(f"stages.{name}.curriculum.phases.{number}.{said}")
     return found
 
 
@@ -294,10 +325,11 @@ def _stage_problems(name: str, stage: StageSettings) -> list[str]:
     if stage.total_steps == 0:
         return []
     found = []
-    active = stage.objectives.active(0, stage.total_steps)
-    if not active:
-        found.append(f"{where}.objectives: no objective has a weight above 0")
-    if stage.dense and stage.objectives.needs_teacher:
+    without = next((step for step in stage.turns if not stage.weights(step)), None)
+    if without is not None:
+        at = f" at step {without}: see its curriculum" if stage.curriculum.phases else ""
+        found.append(f"{where}.objectives: no objective has a weight above 0{at}")
+    if stage.dense and stage.needs_teacher:
         found.append(f"{where}: a dense stage has no teacher, but its objectives need one")
     warmup = stage.lambda_warmup
     if warmup.enabled and not stage.dense and (warmup.warmup_steps or 0) > stage.total_steps:
@@ -313,7 +345,7 @@ def _teacher_problems(name: str, stage: StageSettings, teacher: Teachers) -> lis
     if not stage.total_steps or not isinstance(teacher, Actors | Server):
         return []
     where, found = f"stages.{name}.objectives", []
-    for each, objective in stage.objectives.named():
+    for each, objective in stage.learnt.items():
         if objective.needs_teacher and not objective.takes_top_k:
             found.append(
                 f"{where}.{each}: compares more than the likeliest tokens, which are all that a "

@@ -73,13 +73,15 @@ def stage_mixture(config: Config, stage: str, manifest: Manifest) -> StageMixtur
 
 
 def _phases(config: Config, stage: str) -> list[tuple[int, dict[str, float]]]:
-    """First step and weights of every phase of a stage; those of no step are left out."""
-    settings = config.stages[stage]
-    if not settings.mixture_phases:
-        return [(0, config.data.shares())]
-    ends = [round(phase.until * settings.total_steps) for phase in settings.mixture_phases]
-    pairs = zip([0, *ends], ends, settings.mixture_phases, strict=False)
-    return [(first, phase.weights) for first, end, phase in pairs if end > first]
+    """First step and mixture of every phase of a stage that has another one than the last."""
+    settings, shares = config.stages[stage], config.data.shares()
+    phases, ends = settings.curriculum.phases, settings.curriculum.ends(settings.total_steps)
+    found = [] if phases else [(0, shares)]
+    for first, end, phase in zip([0, *ends], ends, phases, strict=False):
+        mixture = shares if phase.mixture is None else phase.mixture
+        if end > first and not (found and found[-1][1] == mixture):
+            found.append((first, mixture))
+    return found
 
 
 def grown(

@@ -75,7 +75,7 @@ def check_resources(config: Config, held: Mapping[str, float]) -> None:
 def _actors(config: Config, stage: str) -> Actors | None:
     """The Ray actors that teach in a stage."""
     teacher, settings = config.model.teacher, config.stages[stage]
-    needed = settings.total_steps and settings.objectives.needs_teacher
+    needed = settings.total_steps and settings.needs_teacher
     return teacher if needed and isinstance(teacher, Actors) else None
 
 
@@ -128,7 +128,7 @@ def _check_starts(config: Config) -> None:
 def _check_teacher(config: Config, mine: PreTrainedTokenizerBase) -> None:
     teacher = config.model.teacher
     if isinstance(teacher, Server):
-        if any(s.total_steps and s.objectives.needs_teacher for s in config.stages.values()):
+        if any(s.total_steps and s.needs_teacher for s in config.stages.values()):
             checked(teacher, mine)
         return
     name = teacher.path
@@ -167,9 +167,9 @@ class Memory:
 
 
 def memory(config: Config, stage: str, parameters: int, model: PreTrainedModel) -> Memory:
-    """Masters, gradients and Adam's two moments are fp32 and sharded; the teacher is whole; a block
-    keeps about 16 numbers per token and hidden unit and 8 per token and FFN unit for the backward,
-    or its input alone under activation checkpointing."""
+    """Masters and gradients are fp32 and sharded, as is the optimizer's state; the teacher is
+    whole; a block keeps about 16 numbers per token and hidden unit and 8 per token and FFN unit for
+    the backward, or its input alone under activation checkpointing."""
     settings, scaling = config.stages[stage], config.scaling_of(stage)
     shape, low = model.config, 2 if scaling.use_gpu else 4
     tokens = settings.batch_size * settings.max_seq_length
@@ -186,7 +186,7 @@ def memory(config: Config, stage: str, parameters: int, model: PreTrainedModel) 
     return Memory(
         masters=4 * share,
         gradients=4 * share,
-        optimizer=8 * share,
+        optimizer=settings.optimizer.state_bytes(model) / scaling.num_workers,
         teacher=_teacher_bytes(config, stage, model, low),
         activations=float(low * tokens * per_token * shape.num_hidden_layers + chunk),
         influence=4 * share * settings.influence.depth * compared,
@@ -197,7 +197,7 @@ def _teacher_bytes(config: Config, stage: str, model: PreTrainedModel, low: int)
     """Of the teacher on one worker's device, taken to be of the student's size: its share, two of
     its layers if it is offloaded, half a byte and a scale for a weight in 4 bits, or nothing."""
     teacher, workers = config.model.teacher, config.scaling_of(stage).num_workers
-    if not config.stages[stage].objectives.needs_teacher or isinstance(teacher, Actors | Server):
+    if not config.stages[stage].needs_teacher or isinstance(teacher, Actors | Server):
         return 0.0
     every = sum(p.numel() for p in model.parameters())
     layers = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model)]
@@ -241,7 +241,7 @@ def plan(config: Config) -> str:
 
 def _teacher(config: Config) -> list[str]:
     """A line about the teacher where any stage has one."""
-    if not any(s.total_steps and s.objectives.needs_teacher for s in config.stages.values()):
+    if not any(s.total_steps and s.needs_teacher for s in config.stages.values()):
         return []
     teacher = config.model.teacher
     if isinstance(teacher, Server):

@@ -47,9 +47,11 @@ def schedule_of_mixture(config: Config, stage: str) -> list[str]:
     """When the mixture of a stage changes, a line for each way."""
     settings, interval = config.stages[stage], config.influence_interval(stage)
     lines = []
-    for phase in settings.mixture_phases if settings.total_steps else ():
-        shares = ", ".join(f"{name} {weight:g}" for name, weight in phase.weights.items())
-        lines.append(f"mixture   {stage} until {phase.until:.0%} of its steps: {shares}")
+    for phase in settings.curriculum.phases if settings.total_steps else ():
+        said = [f"{name} {weight:g}" for name, weight in phase.weights.items()]
+        said += [f"{name} {weight:g}" for name, weight in (phase.mixture or {}).items()]
+        name = f" {phase.name}" if phase.name else ""
+        lines.append(f"phase     {stage}{name} until {phase.until:.0%}: {', '.join(said)}")
     if interval:
         given = settings.influence
         updates = given.updates(interval, settings.total_steps)

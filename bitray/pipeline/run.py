@@ -11,6 +11,7 @@ from bitray import storage
 from bitray.data.actor import mixture_actor
 from bitray.data.job import inputs_of
 from bitray.data.manifest import Manifest, digest
+from bitray.pipeline.batch_size import sized
 from bitray.pipeline.config import Config, Scaling
 from bitray.pipeline.console import console
 from bitray.pipeline.finish import Result, finish
@@ -78,6 +79,7 @@ def train(config: Config, material: Material, fingerprint: str, lines: Queue) ->
         return None
     manifests = material.open()
     _check_held_out(manifests)
+    config = sized(config, pending)
     name = f"bitray-mixture-{digest([config.run_dir, fingerprint])[:16]}"
     flows = streams(config, manifests, material.folders, name)
     check_enough(flows)

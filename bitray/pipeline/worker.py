@@ -123,7 +123,7 @@ class Stage:
         check_documents_isolated(model, self.device)
         parallelize(wrapped, self.settings, self.device)
         loop = self.loop(wrapped, strength)
-        if loop.position.step < self.settings.total_steps:
+        if not loop.at_end:
             tickets = worker_batches(
                 ray.train.get_dataset_shard(self.name),
                 self.job.streams[self.name].mixture,
@@ -272,7 +272,7 @@ class Stage:
 
     def teacher(self, vocabulary: int) -> Teacher | None:
         """The teacher, if any objective asks for one."""
-        if not (self.settings.total_steps and self.settings.objectives.needs_teacher):
+        if not (self.settings.total_steps and self.settings.needs_teacher):
             return None
         wanted = self.config.model.teacher
         if isinstance(wanted, Server):
@@ -296,14 +296,18 @@ class Stage:
 
     def on_evaluate(self, loop: Loop) -> None:
         """Held-out losses on the way; a new best is kept. The end has its own evaluation."""
-        if loop.stopped or loop.position.step >= self.settings.total_steps:
+        if loop.stopped or loop.at_end:
             return
         rows = -(-self.settings.eval_rows // self.settings.batch_size)
-        self.note(loop, self.evaluate(loop.model, rows))
+        losses = self.evaluate(loop.model, rows)
+        self.note(loop, losses)
+        loop.watch(mean_loss(losses))
+        if loop.at_end and world()[0] == 0:
+            self.say(f"{self.name:<9} ends at step {loop.position.step}: {loop.position.ended}")
 
     def on_save(self, loop: Loop) -> None:
         """A checkpoint of this step; old ones go."""
-        if loop.position.step < self.settings.total_steps:
+        if not loop.at_end:
             self.save(loop, self.folder.step(loop.position.step))
             if world()[0] == 0:
                 checkpoint.retain(self.folder.root, self.settings.keep_last)
@@ -328,7 +332,7 @@ class Stage:
         loop.write({f"eval/{domain}_loss": loss for domain, loss in losses.items()})
         if position.best is None or mean_loss(losses) < position.best:
             position.best = mean_loss(losses)
-            if position.step < self.settings.total_steps:
+            if not loop.at_end:
                 self.save(loop, self.folder.best)
 
     def save(self, loop: Loop, directory: str) -> None:

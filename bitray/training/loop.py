@@ -6,15 +6,15 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from bitray.data.tickets import Deal
 from bitray.models.batch import Batch
-from bitray.models.losses import LossModel, Term
-from bitray.nn import set_strength
-from bitray.objectives import combined_weights
+from bitray.models.losses import LossModel, Metrics, Term
+from bitray.nn.curricula import set_saliency, set_sparsity, track_columns, update_columns
+from bitray.nn.linear import set_strength
 from bitray.optim import Reports, clip_grad_norm, set_learning_rates
 from bitray.settings import UserError
 from bitray.training.metrics import Sink, write_all
@@ -57,7 +57,7 @@ class Pass(NamedTuple):
 class Window:
     """Sums since the last log line."""
 
-    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    sums: dict[str, Any] = field(default_factory=lambda: defaultdict(float))
     """Of this worker."""
     counts: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Of all workers."""
@@ -66,6 +66,8 @@ class Window:
     started: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
     steps: int = 0
+    updates: int = 0
+    """Steps that were not skipped."""
 
 
 @dataclass
@@ -99,18 +101,36 @@ class Loop:
     def __post_init__(self) -> None:
         shape = (3, len(self.sources))
         self.source_sums = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        if self.settings.saliency_curriculum.enabled:
+            track_columns(self.model)
 
     def run(self, tickets: Tickets) -> Position:
         """Train until the stage's end, or until somebody asks to stop (then `stopped` is set)."""
         self.model.train()
         self.window = Window(before=self.source_sums.clone())
-        while self.position.step < self.settings.total_steps and not self.stopped:
+        while not (self.at_end or self.stopped):
             began = time.perf_counter()
             batches = self._draw(tickets)
             self.window.waited += time.perf_counter() - began
             self._step(batches)
             self._after()
         return self.position
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the last step is taken, or a plateau was reached."""
+        position = self.position
+        plateau = self.settings.early_stopping.enabled and position.ended is not None
+        return plateau or position.step >= self.settings.total_steps
+
+    def watch(self, loss: float) -> None:
+        """Take note of a held-out loss, alike on all workers; at a plateau the stage ends, but not
+        before its strength is what it will be."""
+        stopping, position = self.settings.early_stopping, self.position
+        last = self.settings.strength(self.settings.total_steps, position.initial_strength)
+        if stopping.enabled and position.strength == last:
+            position.plateau = stopping.watch(position.plateau, loss)
+            position.ended = stopping.reason(position.plateau)
 
     # --------------------------------------------------------------------------------- a step
 
@@ -128,24 +148,35 @@ class Loop:
         settings, position = self.settings, self.position
         step, total = position.schedule_step, settings.total_steps
         torch.manual_seed(seed_of(settings.seed, self.stage, position.step, world()[0]))
-        position.strength = settings.strength(step, position.initial_strength)
-        set_strength(self.model, position.strength)
-        set_learning_rates(self.optimizer, settings.schedule.factor(step, total))
-        weights = combined_weights(
-            settings.objectives,
-            settings.lm_loss_weight,
-            settings.distillation_schedule,
-            step,
-            total,
-        )
+        self._quantise(step, total)
+        own = settings.optimizer.group_schedule.items()
+        by_group = {name: schedule.factor(step, total) for name, schedule in own}
+        set_learning_rates(self.optimizer, settings.schedule.factor(step, total), by_group)
+        weights = settings.weights(step)
         passes = [p for ticket, batch in batches for p in self._passes(ticket, batch, weights)]
         counts = self._count([batch for _, batch in batches], passes, weights)
         scales = {name: weight / max(counts[name], 1.0) for name, weight in weights.items()}
+        found = []
         for index, each in enumerate(passes):
             synchronize_gradients(self.model, on=index == len(passes) - 1)
-            self._forward_backward(each, scales)
-        self._update()
-        self._note([batch for _, batch in batches], counts, weights)
+            found.append(self._forward_backward(each, scales))
+        self._note([batch for _, batch in batches], counts)
+        if self._update():
+            self._add(found, counts, weights)
+
+    def _quantise(self, step: int, total: int) -> None:
+        """Strength, salient columns and sparsity of a step."""
+        settings, position = self.settings, self.position
+        position.strength = settings.strength(step, position.initial_strength)
+        set_strength(self.model, position.strength)
+        saliency, sparsity = settings.saliency_curriculum, settings.activation_sparsity
+        if saliency.enabled:
+            if position.step and position.step % saliency.update_interval == 0:
+                update_columns(self.model, saliency.ema_decay)
+            set_saliency(self.model, saliency.k(step, total))
+        if sparsity.enabled:
+            block = sparsity.m if sparsity.mode == "block" else None
+            set_sparsity(self.model, lambda size: sparsity.kept(size, step, total), block)
 
     def _passes(self, ticket: int, batch: Batch, weights: dict[str, float]) -> list[Pass]:
         """One forward per distinct view; objectives with the identity view share it."""
@@ -186,7 +217,8 @@ class Loop:
             )
         return counts
 
-    def _forward_backward(self, each: Pass, scales: dict[str, float]) -> None:
+    def _forward_backward(self, each: Pass, scales: dict[str, float]) -> Metrics:
+        """Gradients of a pass; its sums."""
         terms = {"head": [], "layer": []}  # type: dict[str, list[Term]]
         needs_teacher = False
         for name in each.names:
@@ -202,13 +234,11 @@ class Loop:
             arguments = (terms["head"], terms["layer"], output, sources)
             loss, metrics = self.model(each.view, *arguments)
         loss.backward()
-        if sources:
-            self.source_sums[1:] += metrics.pop("by_source")
-        for key, value in metrics.items():
-            self.window.sums[key] += value.double()
+        return metrics
 
-    def _update(self) -> None:
-        """Clip and step; a gradient that is not finite is counted and leaves everything alone."""
+    def _update(self) -> bool:
+        """Clip and step; a gradient that is not finite is counted and leaves everything alone.
+        Whether it was finite, alike on all workers."""
         position = self.position
         limit = self.settings.max_grad_norm if self.settings.optimizer.enable_clipping else None
         norm = clip_grad_norm(self.model.parameters(), limit).item()
@@ -228,6 +258,7 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         position.step += 1
         position.schedule_step += 1
+        return math.isfinite(norm)
 
     def _zclip(self, norm: float) -> None:
         """Clip once more a norm that stands out from those before it."""
@@ -241,28 +272,43 @@ class Loop:
 
     # --------------------------------------------------------------------------- after a step
 
-    def _note(
-        self, batches: list[Batch], counts: dict[str, float], weights: dict[str, float]
-    ) -> None:
+    def _note(self, batches: list[Batch], counts: dict[str, float]) -> None:
+        """What a step went through, whatever came of it."""
         for batch in batches if self.sources else ():
             tokens = batch.real.sum(1).double()
             self.source_sums[0].index_add_(0, batch.source_id, tokens)
-        for name, count in counts.items():
-            self.window.counts[name] += count
-        for name, weight in weights.items():
-            self.window.counts[f"weight/{name}"] = weight
+        self.window.counts["tokens"] += counts["tokens"]
         self.window.steps += 1
         self.position.tokens += round(counts["tokens"])
         self.stopped = counts["stop"] > 0
 
+    def _add(
+        self, found: list[Metrics], counts: dict[str, float], weights: dict[str, float]
+    ) -> None:
+        """Losses of a step that was not skipped: one that is not finite would stay in every sum."""
+        for metrics in found:
+            if "by_source" in metrics:
+                self.source_sums[1:] += metrics.pop("by_source")
+            for key, value in metrics.items():
+                self.window.sums[key] += value.double()
+        for name, weight in weights.items():
+            self.window.counts[name] += counts[name]
+            self.window.counts[f"weight/{name}"] = weight
+        self.window.updates += 1
+
     def _after(self) -> None:
-        step, last = self.position.step, self.position.step >= self.settings.total_steps
-        if step % self.settings.log_every == 0 or last or self.stopped:
-            self.write(self._summary())
-            self.window = Window(before=self.source_sums.clone())
+        step = self.position.step
+        if step % self.settings.log_every == 0 or self.at_end or self.stopped:
+            self._log()
         for hook in self.hooks:
-            if step % hook.period == 0 or last or self.stopped:
+            if step % hook.period == 0 or self.at_end or self.stopped:
                 hook.fn(self)
+        if self.window.steps and self.at_end:  # since an evaluation just now
+            self._log()
+
+    def _log(self) -> None:
+        self.write(self._summary())
+        self.window = Window(before=self.source_sums.clone())
 
     def write(self, metrics: dict[str, float]) -> None:
         """Metrics of the current step to every sink (of rank 0)."""
@@ -276,7 +322,8 @@ class Loop:
         by_source = self.source_sums - (0 if window.before is None else window.before)
         tokens, nll, labels = all_reduce_sums(by_source).tolist()
         seconds = time.perf_counter() - window.started
-        metrics: dict[str, float] = {"train/loss": 0.0}
+        updates = window.updates or math.nan
+        metrics: dict[str, float] = {"train/loss": 0.0 * updates}
         for name in (key[7:] for key in window.counts if key.startswith("weight/")):
             count = max(window.counts[name], 1.0)
             weight = window.counts[f"weight/{name}"]
@@ -295,9 +342,12 @@ class Loop:
             metrics[f"schedule/lr_{group['name']}"] = group["lr"]
         if isinstance(self.optimizer, Reports):
             metrics |= {f"train/{name}": value for name, value in self.optimizer.report().items()}
+        step, total = max(0, self.position.schedule_step - 1), settings.total_steps
+        if settings.saliency_curriculum.enabled:
+            metrics["schedule/saliency_k"] = settings.saliency_curriculum.k(step, total)
         return metrics | {
             "schedule/strength": self.position.strength,
-            "train/grad_norm": sums.get("grad_norm", math.nan) / world()[1] / window.steps,
+            "train/grad_norm": sums.get("grad_norm", math.nan) / world()[1] / updates,
             "train/zclipped_steps": sums.get("zclipped", 0.0) / world()[1],
             "train/tokens": float(self.position.tokens),
             "train/tokens_per_second": window.counts["tokens"] / seconds,

@@ -1,17 +1,23 @@
 """Settings of one stage of training, and the sizes that follow from them."""
 
-import itertools
 import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from bitray.data.settings import MixturePhase
-from bitray.objectives import Objectives
+from bitray.objectives import Objective, Objectives, combined_weights
 from bitray.optim import AdamW, Optimizer, ZClip
-from bitray.schedules import DistillationSchedule, LearningRateSchedule, StrengthWarmup
-from bitray.settings import Settings
+from bitray.schedules import (
+    ActivationSparsity,
+    Curriculum,
+    DistillationSchedule,
+    LearningRateSchedule,
+    SaliencyCurriculum,
+    StrengthWarmup,
+)
+from bitray.settings import Settings, nearest
 from bitray.training.fp8 import FP8
+from bitray.training.plateau import EarlyStopping
 
 
 class Packing(Settings):
@@ -111,13 +117,21 @@ class TrainingSettings(Settings):
     """Length of the stage in tokens, where `max_steps` is not given."""
     batch_size: int = Field(default=8, ge=1)
     gradient_accumulation_steps: int = Field(default=8, ge=1)
+    auto_batch_size: bool = False
+    """Before the stage find the largest micro-batch that fits every worker, by trial; the global
+    batch stays `batch_size * gradient_accumulation_steps`."""
+    memory_limit_gb: float | None = Field(default=None, gt=0)
+    """What a worker may take, for `auto_batch_size`. None: its GPU's memory, or on CPUs its share
+    of what is free."""
+    memory_margin: float = Field(default=0.1, ge=0, lt=1)
+    """Share of it that is left free."""
     max_seq_length: int = Field(default=1024, ge=8)
     packing: Packing = Packing()
     seed: int = 0
-    mixture_phases: tuple[MixturePhase, ...] = ()
-    """A curriculum: weights of the sources by share of the stage; none: those of the data."""
 
     objectives: Objectives = Objectives()
+    curriculum: Curriculum = Curriculum()
+    """Phases of the stage: weights of the objectives, and mixtures of the sources."""
     lm_loss_weight: float | None = Field(default=None, ge=0, le=1)
     """`a` in `(1-a) * hidden + a * (CE and KL)`; None leaves the objectives' own weights."""
     distillation_schedule: DistillationSchedule = DistillationSchedule()
@@ -129,6 +143,8 @@ class TrainingSettings(Settings):
     max_skipped_steps: int = Field(default=10, ge=1)
     """Stop after so many steps in a row with a gradient that is not finite."""
     lambda_warmup: StrengthWarmup = StrengthWarmup()
+    saliency_curriculum: SaliencyCurriculum = SaliencyCurriculum()
+    activation_sparsity: ActivationSparsity = ActivationSparsity()
 
     influence: InfluenceSettings = InfluenceSettings()
 
@@ -147,16 +163,21 @@ class TrainingSettings(Settings):
     """Held-out rows per domain of the evaluations during training."""
     save_every: int = Field(default=200, ge=1)
     keep_last: int = Field(default=5, ge=1)
+    early_stopping: EarlyStopping = EarlyStopping()
     resume: Resume = Resume()
 
     @model_validator(mode="after")
-    def _phases_follow_each_other(self) -> "TrainingSettings":
-        ends = [phase.until for phase in self.mixture_phases]
-        if ends and (ends[-1] != 1 or any(a >= b for a, b in itertools.pairwise(ends))):
-            raise ValueError(
-                f"mixture_phases end at {', '.join(f'{end:g}' for end in ends)} of the stage; each "
-                "`until` has to be above the one before it, and the last one 1.0"
-            )
+    def _phases_weigh_what_there_is(self) -> "TrainingSettings":
+        known = [name for name, each in self.objectives if each is not None]
+        for number, phase in enumerate(self.curriculum.phases):
+            for name in phase.weights:
+                if name not in known:
+                    there = name in type(self.objectives).model_fields
+                    hint = f"; give objectives.{name}" if there else nearest(name, known)
+                    raise ValueError(
+                        f"curriculum.phases.{number} weighs '{name}', which is none of this "
+                        f"stage's objectives ({', '.join(known)}){hint}"
+                    )
         return self
 
     @property
@@ -171,6 +192,35 @@ class TrainingSettings(Settings):
             return self.max_steps
         assert self.total_tokens is not None
         return max(1, self.total_tokens // (self.rows_per_step * self.max_seq_length))
+
+    def weights(self, step: int) -> dict[str, float]:
+        """Weight at a step of every objective that counts there."""
+        return combined_weights(
+            self.objectives,
+            self.lm_loss_weight,
+            self.distillation_schedule,
+            step,
+            self.total_steps,
+            curriculum=self.curriculum,
+        )
+
+    @property
+    def turns(self) -> list[int]:
+        """Steps among which every objective that ever counts does, and the first without any."""
+        held = round(self.distillation_schedule.hold * self.total_steps)
+        more = [step for step in (held, held + 1) if step < self.total_steps]
+        return sorted({*self.curriculum.turns(self.total_steps), *more})
+
+    @property
+    def learnt(self) -> dict[str, Objective]:
+        """The objectives that ever count."""
+        names = {name for step in self.turns for name in self.weights(step)}
+        return {name: getattr(self.objectives, name) for name in sorted(names)}
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any objective that ever counts compares the student with a teacher."""
+        return any(objective.needs_teacher for objective in self.learnt.values())
 
     def strength(self, step: int, initial: float) -> float:
         """Quantisation strength of a step in a stage whose predecessor ended at `initial`."""

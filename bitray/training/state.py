@@ -15,8 +15,10 @@ from torch.distributed.checkpoint.state_dict import (
 
 from bitray import checkpoint
 from bitray.models.losses import LossModel
+from bitray.nn.curricula import column_ranges, load_column_ranges
 from bitray.optim import Norms
 from bitray.settings import UserError
+from bitray.training.plateau import Plateau
 from bitray.training.settings import Resume
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -41,11 +43,15 @@ class Position:
     """Lowest mean held-out loss so far."""
     norms: Norms = field(default_factory=Norms)
     """What ZClip knows of gradient norms."""
+    plateau: Plateau = field(default_factory=Plateau)
+    ended: str | None = None
+    """Why the stage has ended before its last step."""
 
     @classmethod
     def from_json(cls, held: dict[str, Any]) -> "Position":
         """What `as_json` made of it."""
-        return cls(**held | {"norms": Norms(*held.get("norms", ()))})
+        norms, plateau = Norms(*held.get("norms", ())), Plateau(*held.get("plateau", ()))
+        return cls(**held | {"norms": norms, "plateau": plateau})
 
 
 def tensors_of(model: LossModel, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
@@ -55,6 +61,8 @@ def tensors_of(model: LossModel, optimizer: torch.optim.Optimizer | None) -> dic
         # Settings of the groups (rates, betas) are the configuration's, not the checkpoint's.
         # Before the first real step there is no state, and asking for it would make one up.
         tensors["optimizer"] = checkpoint.tensors_only(_optimizer_state(model, optimizer))
+    if ranges := column_ranges(model.model):
+        tensors["saliency"] = ranges
     return tensors
 
 
@@ -97,6 +105,19 @@ def _common(directory: str, tensors: dict[str, Any]) -> dict[str, Any]:
     return {"model": kept}
 
 
+def load_saliency(directory: str, model: LossModel) -> None:
+    """Take over the running ranges of columns, if the checkpoint has any."""
+    shapes = checkpoint.keys(directory)
+    held = {
+        name.removeprefix("saliency."): torch.empty(shape)
+        for name, shape in shapes.items()
+        if name.startswith("saliency.")
+    }
+    if held:
+        checkpoint.load_tensors(directory, {"saliency": held})
+        load_column_ranges(model.model, held)
+
+
 def load_optimizer(directory: str, model: LossModel, optimizer: torch.optim.Optimizer) -> None:
     """Take over the optimizer's state; the groups' settings stay those of this run."""
     if not any(name.startswith("optimizer.") for name in checkpoint.keys(directory)):
@@ -118,6 +139,7 @@ def resume(
     load_model(directory, model, flags.strict_model_load)
     if flags.load_optimizer_state:
         load_optimizer(directory, model, optimizer)
+    load_saliency(directory, model)
     held = checkpoint.load_state(directory)
     position = Position.from_json(held["position"])
     if not flags.load_training_state:

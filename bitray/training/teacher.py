@@ -54,17 +54,27 @@ def open_teacher(
 ) -> InProcessTeacher:
     """The teacher at `path`, laid out as the settings say; bf16 on GPUs, fp32 on CPUs."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = load_model(path, dtype=dtype).requires_grad_(False).eval()
+    return placed(settings, load_model(path, dtype=dtype), device, autocast)
+
+
+def placed(
+    settings: InProcess | Offload | FourBit,
+    model: PreTrainedModel,
+    device: torch.device,
+    autocast: torch.autocast,
+) -> InProcessTeacher:
+    """This model as a teacher, laid out as the settings say."""
+    model = model.requires_grad_(False).eval()
     if isinstance(settings, Offload):
         offload(model, device)
     elif isinstance(settings, FourBit):
-        quantize_4bit(model, settings, dtype, device)
-        model.to(device)
+        quantize_4bit(model, settings, model.dtype, device)
+        model.to(device)  # type: ignore[arg-type, unused-ignore]
     else:
         count = sum(p.numel() for p in model.parameters())
         if settings.sharded(count, world()[1]):
             shard(model, device)
-        model.to(device)
+        model.to(device)  # type: ignore[arg-type, unused-ignore]
     return InProcessTeacher(model, autocast)
 
 

@@ -10,7 +10,7 @@ from bitray.objectives import (
     Objectives,
     combined_weights,
 )
-from bitray.schedules import DistillationSchedule
+from bitray.schedules import Curriculum, DistillationSchedule
 
 CONSTANT = DistillationSchedule()
 STAGE_1_9 = Objectives(
@@ -20,22 +20,19 @@ STAGE_1_9 = Objectives(
 )
 
 
-def test_by_default_there_is_cross_entropy_alone_and_no_teacher():
+def test_by_default_there_is_cross_entropy_alone():
     assert Objectives().active(0, 10) == {"continue_pretrain": 1.0}
-    assert not Objectives().needs_teacher
 
 
 def test_a_path_under_an_absent_objective_creates_it():
     tree = {"logits_distill": {"weight": 0.5}, "continue_pretrain": {"label_smoothing": 0.1}}
     objectives = Objectives.model_validate(tree)
     assert objectives.active(0, 10) == {"continue_pretrain": 1.0, "logits_distill": 0.5}
-    assert objectives.needs_teacher
 
 
 def test_weight_0_is_as_good_as_absent():
     objectives = Objectives(continue_pretrain=None, logits_distill=LogitsDistill(weight=0.0))
     assert objectives.active(0, 10) == {}
-    assert not objectives.needs_teacher
     assert combined_weights(objectives, 0.5, CONSTANT, 0, 10) == {}
 
 
@@ -78,3 +75,19 @@ def test_distillation_gives_way_to_language_modelling(kind):
 )
 def test_the_ends_of_the_combination_drop_what_has_no_weight(a, left):
     assert set(combined_weights(STAGE_1_9, a, CONSTANT, 0, 10)) == left
+
+
+def test_phases_weigh_what_is_combined_and_an_own_weight_of_0_may_rise():
+    phases = [
+        {"until": 0.5, "weights": {"continue_pretrain": 1.0, "hidden_distill": 0.0}},
+        {"until": 1.0, "weights": {"logits_distill": 2.0}},
+    ]
+    given = STAGE_1_9.model_copy(update={"logits_distill": LogitsDistill(weight=0.0)})
+    curriculum = Curriculum.model_validate({"phases": phases})
+    first, second = (
+        combined_weights(given, 0.4, CONSTANT, s, 10, curriculum=curriculum) for s in (0, 5)
+    )
+    assert first == pytest.approx({"continue_pretrain": 0.4})
+    assert second == pytest.approx(
+        {"continue_pretrain": 0.2, "hidden_distill": 0.6, "logits_distill": 0.8}
+    )

@@ -81,6 +81,34 @@ def test_groups_have_a_name_and_a_peak_and_hold_every_parameter_once(settings):
     assert sorted(held) == sorted(id(p) for p in model.parameters())
 
 
+def test_groups_may_have_rates_of_their_own(settings):
+    given = type(settings)(**settings.model_dump() | {"group_lr": {"no_decay": 0.5}})
+    model = two_workers.model()
+    peaks = {g["name"]: (g["lr"], g["peak_lr"]) for g in given.build(model).param_groups}
+    assert peaks.pop("no_decay") == (0.5, 0.5)
+    assert set(peaks.values()) == {(1e-2, 1e-2)}
+    assert {*peaks, "no_decay"} <= set(given.group_names())
+    for field, value in (("group_lr", 1.0), ("group_schedule", {})):
+        with pytest.raises(ValidationError, match=rf"{field}.no_decoy.*nearest: 'no_decay'"):
+            type(settings)(**{field: {"no_decoy": value}})
+
+
+def test_it_knows_the_bytes_of_its_state(settings):
+    """Counters of steps and norms of single matrices are not worth counting."""
+    torch.manual_seed(0)
+    model = LossModel(to_bitnet(build_model(CONFIG | {"vocab_size": 331}))).train()
+    optimizer = settings.build(model)
+    _on_rows(model, optimizer, range(1))
+    held = sum(
+        value.numel() * value.element_size()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if value.ndim
+    )
+    held += sum(t.numel() * 4 for ts in getattr(optimizer, "largest", {}).values() for t in ts)
+    assert settings.state_bytes(model) == pytest.approx(held, rel=0.01)
+
+
 def test_state_round_trips_bit_for_bit(settings):
     model = two_workers.model()
     optimizer = settings.build(model)

@@ -163,12 +163,11 @@ def _explode(kind: type, ternary_model: bool, **more: float) -> list[float]:
 
 
 @pytest.mark.parametrize("ternary_model", [False, True])
-def test_logits_that_would_explode_stay_within_a_step_of_tau(ternary_model: bool):
-    """What is seen in a step is clipped after it, so that logits end at tau times the growth of
-    the one step between: a tenth here, where the rate is 20 times the usual one."""
+def test_logits_that_would_explode_stay_under_tau(ternary_model: bool):
+    """Also those of the one step between a clip and the next, at 20 times the usual rate."""
     assert _explode(Muon, ternary_model)[-1] > 400
     kept = _explode(MuonClip, ternary_model, tau=100.0)
-    assert 100 < max(kept) < 115
+    assert 90 < max(kept) < 100
 
 
 def test_it_reports_the_largest_logit_and_forgets_it_after_the_step():

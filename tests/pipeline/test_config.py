@@ -55,6 +55,42 @@ def test_training_runs_one_stage_and_replaces_the_pipeline() -> None:
     assert list(config.stages) == ["stage2"] and config.stages["stage2"].total_steps == 7
 
 
+GPUS = {  # micro-batch and accumulation in Stage 1.9 and 2
+    ("qwen3_4b", "a100_80gb"): (8, 8, 16, 4), ("qwen3_4b", "h100_80gb"): (8, 8, 16, 4),
+    ("qwen3_4b", "a100_40gb"): (2, 32, 4, 16), ("qwen3_4b", "a40_48gb"): (4, 16, 8, 8),
+    ("qwen3_4b", "a10g_24gb"): (1, 64, 2, 32), ("qwen3_4b", "rtx4090"): (1, 64, 2, 32),
+    ("smollm2_135m", "a100_80gb"): (32, 2, 64, 1), ("smollm2_135m", "h100_80gb"): (32, 2, 64, 1),
+    ("smollm2_135m", "a40_48gb"): (32, 1, 32, 1), ("smollm2_135m", "a10g_24gb"): (64, 2, 32, 4),
+    ("smollm2_135m", "rtx4090"): (8, 8, 16, 4), ("qwen3_0.6b", "a100_80gb"): (8, 8, 8, 8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "gpu"), GPUS)
+def test_a_kind_of_gpu_cuts_batches_by_model_and_stage(model: str, gpu: str) -> None:
+    words = ["pipeline=standard", f"model={model}", f"gpu={gpu}"]
+    stages = Config.load(overrides=words).stages
+    found = [
+        number
+        for stage in (stages["stage1_9"], stages["stage2"])
+        for number in (stage.batch_size, stage.gradient_accumulation_steps)
+    ]
+    assert tuple(found) == GPUS[model, gpu]
+
+
+def test_a_kind_of_gpu_comes_before_what_is_said(tmp_path: Path) -> None:
+    words = ["pipeline=standard", "model=qwen3_4b", "gpu=rtx4090", "training.batch_size=4",
+             "stages.stage2.gradient_accumulation_steps=5"]  # fmt: skip
+    config = Config.load(overrides=words)
+    assert [config.stages["stage2"].batch_size, config.stages["stage1_9"].batch_size] == [4, 4]
+    assert config.stages["stage2"].gradient_accumulation_steps == 5
+    assert config.stages["stage1_9"].gradient_accumulation_steps == 64
+    saved = tmp_path / "config.yaml"
+    saved.write_text(config.dump())
+    assert Config.load(str(saved)).model_dump() == config.model_dump()
+    with pytest.raises(UserError, match=r"gpu=a100_80: no such choice .nearest: 'a100_80gb'"):
+        Config.load(overrides=["gpu=a100_80"])
+
+
 def test_tokens_become_steps() -> None:
     words = ["training=stage2_pretrain", "training.total_tokens=1_000_000"]
     stage = Config.load(overrides=words).stages["stage2"]
@@ -75,6 +111,11 @@ def test_tokens_become_steps() -> None:
           "data.sources.arithmetic.weight=0"], r"data: the weights of all sources are 0"),
         (["stages.stage2.objectives.logits_distill.weight=0",
           "stages.stage2.objectives.continue_pretrain.weight=0"], r"no objective has a weight"),
+        (["stages.stage2.curriculum.phases=[{until: 0.5, weights: {continue_pretrain: 0, "
+          "logits_distill: 0}}, {until: 1.0}]"], r"stage2\.objectives: no objective.* at step 0"),
+        (["stages.stage2.curriculum.interpolation=linear", "stages.stage2.curriculum.phases="
+          "[{until: 0.5, weights: {logits_distill: 0}}, {until: 1, weights: {logits_distill: 1}}]",
+          "stages.stage2.objectives.continue_pretrain.weight=0"], r"no objective.* at step 0: see"),
         (["stages.stage0.objectives.logits_distill.weight=1"], r"a dense stage has no teacher"),
         (["stages.stage1_9.lambda_warmup.warmup_steps=31"], r"31 is longer than the stage \(30"),
         (["stages.stage2.lambda_warmup.min=0.9", "stages.stage2.lambda_warmup.max=0.5"],

@@ -15,8 +15,8 @@ from bitray.settings import UserError
 
 NAMES = ("code", "prose", "arithmetic")
 PHASES = (
-    "stages.stage2.mixture_phases=[{until: 0.2, weights: {prose: 1.0}},"
-    " {until: 0.201, weights: {arithmetic: 1.0}}, {until: 1.0, weights: {code: 1.0, prose: 3.0}}]"
+    "stages.stage2.curriculum.phases=[{until: 0.2, mixture: {prose: 1.0}},"
+    " {until: 0.201, mixture: {arithmetic: 1.0}}, {until: 1.0, mixture: {code: 1.0, prose: 3.0}}]"
 )
 
 
@@ -48,18 +48,34 @@ def test_phases_begin_at_their_share_of_the_steps(tmp_path: Path) -> None:
     )
 
 
+def test_phases_without_another_mixture_change_no_row(tmp_path: Path) -> None:
+    same = "stages.stage2.curriculum.phases=[{until: 0.2}, {until: 0.6}, {until: 1.0}]"
+    assert flows_of(tmp_path, same)["stage2"].mixture == flows_of(tmp_path)["stage2"].mixture
+    back = "stages.stage2.curriculum.phases=[{until: 0.2, mixture: {prose: 1}}, {until: 1.0}]"
+    stage = flows_of(tmp_path, back)["stage2"].mixture
+    assert stage.weights == {"prose": 1.0}
+    assert stage.phases == ((18, pytest.approx({"code": 0.4, "prose": 0.3, "arithmetic": 0.3})),)
+
+
 @pytest.mark.parametrize(
     ("phases", "said"),
     [
-        ("[{until: 0.5, weights: {code: 1}}]", "mixture_phases end at 0.5 of the stage.*1.0"),
-        ("[{until: 0.5, weights: {code: 1}}, {until: 0.4, weights: {code: 1}}]", "above the one"),
-        ("[{until: 1.0, weights: {prosa: 1}}]", r"no source 'prosa' \(nearest: 'prose'\)"),
-        ("[{until: 1.0, weights: {code: 0}}]", "mixture_phases.0.weights: they sum to zero"),
+        ("[{until: 0.5, mixture: {code: 1}}]", "phases end at 0.5 of the stage.*1.0"),
+        ("[{until: 0.5, mixture: {code: 1}}, {until: 0.4, mixture: {code: 1}}]", "above the one"),
+        ("[{until: 1.0, mixture: {prosa: 1}}]", r"no source 'prosa' \(nearest: 'prose'\)"),
+        ("[{until: 1.0, mixture: {code: 0}}]", "curriculum.phases.0.mixture: they sum to zero"),
+        (
+            "[{until: 1.0, weights: {logit_distill: 1}}]",
+            "phases.0 weighs 'logit_distill', which.*"
+            r"nearest: 'logits_distill'",
+        ),
+        ("[{until: 1.0, weights: {code: 1}}]", "phases.0 weighs 'code', which is none"),
+        ("[{until: 1.0, weights: {continue_pretrain: -1}}]", "greater than or equal to 0"),
     ],
 )
 def test_phases_that_mean_nothing_are_refused(phases: str, said: str) -> None:
     with pytest.raises(UserError, match=said) as error:
-        Config.load(overrides=[f"training.mixture_phases={phases}"])
+        Config.load(overrides=[f"training.curriculum.phases={phases}"])
     assert "Traceback" not in str(error.value)
 
 

@@ -12,7 +12,7 @@ import torch
 from bitray.models.batch import IGNORED, Batch
 from bitray.models.convert import to_bitnet
 from bitray.models.loading import build_model
-from bitray.models.losses import LossModel
+from bitray.models.losses import LossModel, TeacherOutput
 from bitray.objectives import Objectives
 from bitray.settings import UserError
 from bitray.training import state
@@ -94,8 +94,10 @@ def test_it_learns_and_strength_and_rates_follow_the_step(tmp_path: Path) -> Non
 def test_a_resumed_run_ends_bit_equal(tmp_path: Path) -> None:
     """At every step: state is tensors and a position, everything else a function of the step."""
     given = settings(
-        zclip={"enabled": True, "warmup_steps": 2, "threshold": 0.1}, max_grad_norm=None
-    )
+        zclip={"enabled": True, "warmup_steps": 2, "threshold": 0.1}, max_grad_norm=None,
+        saliency_curriculum={"enabled": True, "initial_k": 0.4, "update_interval": 2},
+        activation_sparsity={"enabled": True},
+    )  # fmt: skip
     clipped = Keep("train/zclipped_steps")
     whole = loop(given, sinks=[clipped])
     whole.run(tickets())
@@ -193,6 +195,38 @@ def test_a_problem_with_the_batches_of_a_step_stops_before_it() -> None:
     assert run.position.step == 2 and len(set(asked)) == 1 and asked[0] > 0
 
 
+class Asked:
+    """A teacher that notes at which steps it is asked."""
+
+    def __init__(self) -> None:
+        dense = build_model(CONFIG).requires_grad_(False)
+        self.real = InProcessTeacher(dense, autocast_for(CPU, "auto"))
+        self.steps: list[int] = []
+        self.run: Loop | None = None
+
+    def __call__(self, batch: Batch, layers: bool) -> TeacherOutput:
+        assert self.run is not None
+        self.steps.append(self.run.position.step)
+        return self.real(batch, layers)
+
+
+def test_a_teacher_is_asked_only_in_the_phases_that_need_it() -> None:
+    phases = [{"until": 0.25, "weights": {"logits_distill": 0}},
+              {"until": 0.75, "weights": {"logits_distill": 1, "continue_pretrain": 0}},
+              {"until": 1.0, "weights": {"logits_distill": 0}}]  # fmt: skip
+    given = settings(objectives={"logits_distill": {"weight": 3}}, curriculum={"phases": phases})
+    teacher = Asked()
+    run = loop(given, teacher=teacher)
+    teacher.run = run
+    run.run(tickets())
+    assert teacher.steps == [step for step in (2, 3, 4, 5) for _ in range(2)]
+    assert given.needs_teacher
+    never = {"phases": [{"until": 1.0, "weights": {"logits_distill": 0}}]}
+    assert not settings(
+        objectives={"logits_distill": {"weight": 3}}, curriculum=never
+    ).needs_teacher
+
+
 def test_distillation_pulls_the_student_to_its_teacher() -> None:
     torch.manual_seed(1)
     dense = build_model(CONFIG | {"initializer_range": 0.2}).requires_grad_(False)
@@ -221,6 +255,37 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_poisons_nothing() -> N
     run.position, run.data_step = Position(), 0
     run.run(tickets())
     assert all(value.isfinite().all() for value in weights(run).values())
+
+
+def test_a_skipped_step_is_in_no_average() -> None:
+    """One poisoned step in a window of four: its tokens count, its loss does not."""
+    kept, clean = Keep("train/loss"), Keep("train/loss")
+    run = loop(settings(max_steps=4, log_every=4), sinks=[kept], sources=("a",))
+    poison = run.model.model.model.norm.weight.register_hook(
+        lambda grad: grad * (math.nan if run.position.step == 3 else 1)
+    )
+    run.run(tickets())
+    assert run.position.skipped == 1 and run.position.step == 4
+    three = loop(settings(max_steps=4, log_every=3), sinks=[clean])
+    three.hooks = [Every(3, lambda each: setattr(each, "stopped", True))]
+    three.run(tickets())
+    assert kept.values == [pytest.approx(clean.values[0], rel=1e-6)]
+    assert run.source_sums[0].item() == 4 * 4 * 22 and run.source_sums[2].item() == 3 * 4 * 20
+    for name, value in weights(three).items():
+        assert torch.equal(value, weights(run)[name])
+    poison.remove()
+
+
+def test_groups_follow_schedules_of_their_own() -> None:
+    own = {"no_decay": {"type": "linear", "warmup_steps": 0, "min_ratio": 0.5}}
+    kept = [Keep(f"schedule/lr_{name}") for name in ("decay", "no_decay")]
+    given = settings(
+        optimizer={"type": "adamw", "lr": 1e-3, "group_lr": {"no_decay": 8e-3},
+                   "group_schedule": own}, schedule={"type": "constant", "warmup_steps": 0},
+    )  # fmt: skip
+    loop(given, sinks=kept).run(tickets())
+    assert kept[0].values == [1e-3] * 8
+    assert kept[1].values == pytest.approx([8e-3 * (1 - step / 16) for step in range(8)])
 
 
 def test_a_batch_without_any_label_is_refused() -> None:

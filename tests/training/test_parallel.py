@@ -1,5 +1,6 @@
 """The loop on two FSDP2 workers (gloo, no Ray) does what one worker does with the same batches."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,11 @@ def held_out() -> dict[str, list[Batch]]:
     return {"a": made[:3], "b": made[3:]}
 
 
-SHORT = {"max_steps": 8, "lambda_warmup": {"warmup_steps": 6}}
+SHORT = {
+    "max_steps": 8, "lambda_warmup": {"warmup_steps": 6},
+    "saliency_curriculum": {"enabled": True, "initial_k": 0.3, "update_interval": 2},
+    "activation_sparsity": {"enabled": True, "mode": "block", "n": 3, "m": 5},
+}  # fmt: skip
 
 
 def everything(folder: Path) -> dict[str, Any]:
@@ -151,9 +156,31 @@ def everything(folder: Path) -> dict[str, Any]:
     state.save(directory, run.model, run.optimizer, held, {})
     found["resumed"] = trained(BLENDED, half, directory)
     found["resumed"]["losses"] = kept.losses + found["resumed"]["losses"]
+    found["poisoned"] = poisoned()
     for each in found.values():
-        del each["after"]
+        each.pop("after", None)
     return found
+
+
+def poisoned() -> dict[str, Any]:
+    """Four steps; in the third the gradients of the last worker are not finite."""
+    given = settings(**SHORT | {"max_steps": 4}, zclip={"enabled": True})
+    run, kept = loop(BLENDED, given)
+    embedding = run.model.model.model.embed_tokens
+    bad = world()[0] == world()[1] - 1
+
+    def poison(_: torch.nn.Module, __: Any, out: torch.Tensor) -> torch.Tensor:
+        if bad and run.position.step == 2 and out.requires_grad:
+            out.register_hook(lambda grad: grad * float("nan"))
+        return out
+
+    embedding.register_forward_hook(poison)
+    run.run(tickets(Deal(3, world()[1]), given.batch_size))
+    return {
+        "losses": kept.losses,
+        "weights": {name: whole(p) for name, p in run.model.model.named_parameters()},
+        "held out": [run.position.skipped, *run.position.norms],
+    }
 
 
 class Stop:
@@ -289,13 +316,30 @@ def test_resume_is_bit_equal_on_the_same_number_of_workers(two: Any, one: Any) -
             assert torch.equal(found["resumed"]["weights"][name], value)
 
 
+def test_a_gradient_that_is_not_finite_on_one_worker_skips_the_step_on_all(
+    two: Any, one: Any
+) -> None:
+    """All workers skipped it, counted it, and kept it out of the averages: those of ranks are
+    compared where they are read."""
+    for found in (two, one):
+        skipped, seen, mean, variance = found["poisoned"]["held out"]
+        assert (skipped, seen) == (1, 3)
+        assert math.isfinite(mean) and math.isfinite(variance)
+        losses = found["poisoned"]["losses"]
+        assert math.isnan(losses[2]) and all(map(math.isfinite, losses[:2] + losses[3:]))
+        assert all(value.isfinite().all() for value in found["poisoned"]["weights"].values())
+    np.testing.assert_allclose(
+        two["poisoned"]["losses"], one["poisoned"]["losses"], rtol=1e-5, equal_nan=True
+    )
+
+
 def test_one_worker_continues_what_two_began(one: Any, folder: Path) -> None:
     rest = trained(BLENDED, settings(**SHORT), f"{folder}/of_2")
     np.testing.assert_allclose(rest["losses"], one["short"]["losses"][3:], rtol=1e-5)
 
 
 def _compiled(_: int) -> None:
-    changes = {"max_steps": 4, "lambda_warmup": {"warmup_steps": 2}}
+    changes = SHORT | {"max_steps": 4, "lambda_warmup": {"warmup_steps": 2}}
     compiled = trained(BLENDED, settings(torch_compile={"enabled": True}, **changes))
     plain = trained(BLENDED, settings(**changes))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
