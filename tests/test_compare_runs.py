@@ -109,18 +109,8 @@ def script(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_exit_status_says_whether_they_are_the_same() -> None:
-    done = script(
-        *TINY,
-        "--stage",
-        "stage0",
-        "--steps",
-        "2",
-        "--json",
-        "--tolerance",
-        "1e-7",
-        "--b",
-        "training.precision=bf16",
-    )
+    words = ["--stage", "stage0", "--steps", "2", "--json", "--tolerance", "1e-7"]
+    done = script(*TINY, *words, "--b", "training.precision=bf16")
     assert done.returncode == 1, done.stderr
     told = json.loads(done.stdout)
     assert not told["same"]

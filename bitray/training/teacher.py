@@ -59,7 +59,7 @@ def open_teacher(
         offload(model, device)
     elif isinstance(settings, FourBit):
         quantize_4bit(model, settings, dtype, device)
-        model.to(device)  # type: ignore[arg-type]  # as below
+        model.to(device)
     else:
         count = sum(p.numel() for p in model.parameters())
         if settings.sharded(count, world()[1]):
