@@ -91,7 +91,7 @@ def bench(words: list[str], stage: str, steps: int) -> list[dict]:
         settings = config.stages[stage]
         tokens = settings.rows_per_step * settings.max_seq_length
         try:
-            found = measured(config, stage, steps + UNTIMED)
+            found = measured(config, stage, steps + UNTIMED, own_process=True)
         except torch.multiprocessing.ProcessRaisedException as error:
             why = str(error).strip().splitlines()[-1]  # some modes fail with some models
             lines.append({"stage": stage, "combination": combination.name, "failed": why})

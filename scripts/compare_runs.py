@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -46,7 +47,7 @@ EXAMPLES = """
 examples:
   python scripts/compare_runs.py --b training.torch_compile.enabled=true
   python scripts/compare_runs.py --stage stage1_9 --b training.activation_checkpointing=true
-  python scripts/compare_runs.py --b scaling.num_workers=2 --tolerance 1e-4
+  python scripts/compare_runs.py --a scaling.num_workers=1 --b scaling.num_workers=2
   python scripts/compare_runs.py model=smollm2_135m --a training.precision=fp32 \\
       --b training.precision=bf16 --tolerance 1e-2 --json
 """
@@ -78,11 +79,15 @@ class Found:
 # --------------------------------------------------------------------------------------- one side
 
 
-def measured(config: Config, stage: str, steps: int) -> Found:
-    """A configuration's numbers, from as many processes as it has workers."""
+def measured(config: Config, stage: str, steps: int, own_process: bool = False) -> Found:
+    """A configuration's numbers, from as many processes as it has workers; one works here, unless
+    its memory is to be measured."""
     with tempfile.TemporaryDirectory() as folder:
         workers = config.scaling_of(stage).num_workers
-        mp.spawn(_worker, (config, stage, steps, folder), nprocs=workers)
+        if workers > 1 or own_process:
+            mp.spawn(_worker, (config, stage, steps, folder), nprocs=workers)
+        else:
+            _worker(0, config, stage, steps, folder)
         return torch.load(Path(folder) / "found.pt", weights_only=False)
 
 
@@ -96,15 +101,14 @@ def _worker(rank: int, config: Config, stage: str, steps: int, folder: str) -> N
         store = dist.FileStore(str(Path(folder) / "store"), workers)
         backend = "nccl" if gpu else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=workers, store=store)
-    found = measure(config, stage, steps, device, folder)
+    found = _measure(config, stage, steps, device, folder)
     if rank == 0:
         torch.save(found, Path(folder) / "found.pt")
     if workers > 1:
         dist.destroy_process_group()
 
 
-def measure(config: Config, stage: str, steps: int, device: torch.device, folder: str) -> Found:
-    """What one worker of a configuration computes; all workers have the same empty folder."""
+def _measure(config: Config, stage: str, steps: int, device: torch.device, folder: str) -> Found:
     settings = config.stages[stage].model_copy(update={"max_steps": steps, "log_every": 1})
     model, teacher = _models(config, stage, settings, device, folder)
     vocabulary = model.config.vocab_size
@@ -204,6 +208,8 @@ def _probe(model: LossModel, batch: Batch, autocast: torch.autocast, found: Foun
     keep = _Keep()
     with torch.no_grad(), autocast, capturing(decoder_layers(model.model)) as outputs:
         model(batch, [Term("keep", keep, 1.0)])
+    if isinstance(model, FSDPModule):  # else the optimizer would be given what is gathered
+        model.reshard()
     found.logits = {"logits": torch.cat(keep.chunks)}
     real = batch.real
     found.hidden = {f"layer {at}": out[real].float().cpu() for at, out in enumerate(outputs)}

@@ -13,6 +13,7 @@ TINY = [
     "model.config.intermediate_size=64", "model.config.num_attention_heads=2",
     "model.config.num_key_value_heads=1", "training.max_seq_length=24",
     "training.batch_size=2", "training.gradient_accumulation_steps=1",
+    "scaling.num_workers=1",
 ]  # fmt: skip
 
 

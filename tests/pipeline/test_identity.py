@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bitray import Config
-from bitray.pipeline.identity import claim
+from bitray.pipeline.identity import claim, fingerprint, mathematical_settings
 from bitray.settings import UserError
 
 
@@ -29,6 +29,20 @@ def test_what_changes_no_result_is_the_same_run(tmp_path: Path) -> None:
     (tmp_path / "mine" / "stage0_checkpoint").mkdir()
     words = ["scaling.num_workers=1", "training.log_every=3", "export.gguf=[]"]
     assert claim(config(tmp_path, *words), {"256": {"source 'a'": "a"}}) == first
+
+
+def test_where_a_teacher_runs_is_no_part_of_a_run_and_what_it_says_is(tmp_path: Path) -> None:
+    def identity(*words: str) -> str:
+        return fingerprint(mathematical_settings(config(tmp_path, *words)), {})
+
+    here = identity()
+    assert identity("model.teacher.type=offload") == here
+    assert identity("model.teacher.layout=sharded", "model.teacher.shard_above=5") == here
+    others = [
+        ("model.teacher.path=elsewhere",), ("model.teacher.type=four_bit",),
+        ("model.teacher.type=four_bit", "model.teacher.quant_type=fp4"),
+    ]  # fmt: skip
+    assert len({here, *(identity(*words) for words in others)}) == 4
 
 
 def test_a_run_that_never_began_may_become_another(tmp_path: Path) -> None:
