@@ -1,9 +1,10 @@
-"""The start-up self-check: documents packed into one row must not see each other.
+"""The start-up self-check: documents packed into one row must not see each other, and a masked
+token must not be seen by those who guess it.
 
-Whether they do depends on details of transformers (see `packed`), so it is measured, not assumed.
+Whether they are depends on details of transformers (see `packed`), so it is measured, not assumed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -14,11 +15,15 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from bitray.models.batch import IGNORED, Batch
+from bitray.models.diffusion import MaskedBatch, eligible, masked_batch
 from bitray.models.losses import LossModel, Term
+from bitray.models.mask_token import mask_token_id
 from bitray.settings import UserError
 
 LENGTHS = ((7, 9), (10, 6))
 """Two rows of two documents, cut at different places: batch size 1 would hide some leaks."""
+CHANGED, BLOCK = 2, 4
+"""Column of the token that is changed, and tokens of a block of diffusion."""
 TOLERANCE = 1e-4
 """Relative; masked positions contribute exactly nothing, a leak moves logits by percents."""
 
@@ -26,30 +31,40 @@ TOLERANCE = 1e-4
 def check_documents_isolated(
     model: PreTrainedModel | LossModel, device: torch.device | str
 ) -> None:
-    """Stop where a token of a document moves logits of the next document in its row.
+    """Stop where a token of a document moves logits of the next document in its row; of a model
+    with a mask token also in block diffusion, and where a masked token moves logits of its block.
 
     Runs the forward of training, so every worker calls it if the model is sharded. Leaves random
     state, gradients and training mode as they were. `UserError` on a leak.
     """
     wrapped = model if isinstance(model, LossModel) else LossModel(model)
     vocabulary = wrapped.model.config.vocab_size
-    batch, changed = (b.to(device) for b in _rows(vocabulary))
-    with _undisturbed(wrapped), torch.no_grad():
-        before, after = _logits(wrapped, batch), _logits(wrapped, changed)
+    rows = [batch.to(device) for batch in _rows(vocabulary)]
+    _check(wrapped, rows, _in_second_document(rows[0].following), "packed documents see each other")
+    if mask_token_id(wrapped.model.config) is not None:
+        noisy = [_noisy(batch) for batch in rows]
+        blind = _in_second_document(noisy[0].guessed) | _in_block_of_the_changed(noisy[0])
+        _check(wrapped, noisy, blind, "block diffusion sees what it is to guess")
+
+
+def _check(model: LossModel, rows: Sequence[Batch], blind: Tensor, leaking: str) -> None:
+    """`UserError` if the change between two batches moves logits at the `blind` ones of the places
+    that predict something, or nothing at all."""
+    with _undisturbed(model), torch.no_grad():
+        before, after = (_logits(model, batch) for batch in rows)
     moved = (after - before).abs().amax(-1) / before.abs().max()
-    second = _in_second_document(batch)
-    if not bool(moved[~second].max() > TOLERANCE):
+    if not bool(moved[~blind].max() > TOLERANCE):
         raise UserError(
             "document isolation cannot be checked: changing a token moves no output at all; the "
             "weights of this model are constant or not finite"
         )
-    leak = moved[second].max().item()
+    leak = moved[blind].max().item()
     if leak > TOLERANCE:
-        attention = wrapped.model.config._attn_implementation
+        attention = model.model.config._attn_implementation
         raise UserError(
-            f"packed documents see each other: a token of one document moves the next one's logits "
-            f"by {leak:.1e} of their size; this version of transformers does not keep them apart "
-            f"with attention '{attention}', use 'sdpa' and a version that bitray was tested with"
+            f"{leaking}: a token that is out of sight moves logits by {leak:.1e} of their size; "
+            f"this version of transformers does not hide it with attention '{attention}', use "
+            "'sdpa' and a version that bitray was tested with"
         )
 
 
@@ -57,9 +72,16 @@ def _rows(vocabulary: int) -> tuple[Batch, Batch]:
     """Rows of two documents, and the same with one token of each first document changed."""
     ids = np.arange(len(LENGTHS) * sum(LENGTHS[0])).reshape(len(LENGTHS), -1) % vocabulary
     other = ids.copy()
-    other[:, 2] = (other[:, 2] + vocabulary // 2) % vocabulary
+    other[:, CHANGED] = (other[:, CHANGED] + vocabulary // 2) % vocabulary
     sources = [0] * len(LENGTHS)
     return tuple(Batch.from_rows(rows, LENGTHS, sources) for rows in (ids, other))  # type: ignore[return-value]
+
+
+def _noisy(batch: Batch) -> MaskedBatch:
+    """Even columns masked in the first copy, odd ones in the second."""
+    even = torch.arange(batch.labels.shape[1], device=batch.labels.device) % 2 == 0
+    wanted = eligible(batch)
+    return masked_batch(batch, [wanted & even, wanted & ~even], BLOCK)
 
 
 class _Keep:
@@ -67,7 +89,8 @@ class _Keep:
 
     needs_teacher = False
 
-    def __init__(self) -> None:
+    def __init__(self, on_masked: bool) -> None:
+        self.on_masked = on_masked
         self.chunks: list[Tensor] = []
 
     def on_logits(
@@ -78,17 +101,25 @@ class _Keep:
 
 
 def _logits(model: LossModel, batch: Batch) -> Float[Tensor, "learnt vocab"]:
-    keep = _Keep()
+    keep = _Keep(isinstance(batch, MaskedBatch))
     model(batch, [Term("isolation", keep, 1.0)])
     return torch.cat(keep.chunks)
 
 
-def _in_second_document(batch: Batch) -> Tensor:
-    """Of the positions whose logits are computed, those behind the first document."""
-    starts = torch.tensor([first for first, _ in LENGTHS], device=batch.labels.device)
-    places = torch.arange(batch.labels.shape[1] - 1, device=batch.labels.device)
-    learnt = batch.labels[:, 1:] != IGNORED
-    return (places >= starts[:, None])[learnt]
+def _in_second_document(labels: Tensor) -> Tensor:
+    """Of the places that predict a label, those behind the first document (in every copy)."""
+    starts = torch.tensor([first for first, _ in LENGTHS], device=labels.device)
+    places = torch.arange(labels.shape[1], device=labels.device) % sum(LENGTHS[0])
+    return (places >= starts[:, None])[labels != IGNORED]
+
+
+def _in_block_of_the_changed(batch: MaskedBatch) -> Tensor:
+    """Of the places that predict a label, those of the noisy block in which the token that is
+    changed is masked."""
+    first = CHANGED // BLOCK * BLOCK
+    places = torch.arange(batch.guessed.shape[1], device=batch.guessed.device)
+    block = (places >= first) & (places < first + BLOCK)  # of the first copy
+    return block.expand_as(batch.guessed)[batch.guessed != IGNORED]
 
 
 @contextmanager

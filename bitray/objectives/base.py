@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bitray.models.batch import IGNORED, Batch
+from bitray.models.diffusion import MaskedBatch
 from bitray.settings import Settings
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -27,11 +28,16 @@ class Objective(Settings):
     kind: ClassVar[Literal["head", "layer"]]
     """`head`: compares logits. `layer`: compares the outputs of decoder layers."""
     needs_teacher: ClassVar[bool] = False
+    on_masked: ClassVar[bool] = False
+    """Whether it looks at the tokens that a view masks, and not at the rows as they are."""
+    view_of: ClassVar[str | None] = None
+    """Name of the objective whose view it looks at; None: its own."""
 
     weight: Weight = 0.0
 
     def view(self, batch: Batch, generator: torch.Generator) -> Batch:
-        """What the student sees. Objectives that return `batch` itself share one forward."""
+        """What the student sees. Objectives that return `batch` itself share one forward, that of a
+        view with a `clean` half where there is one."""
         return batch
 
     def count(self, batch: Batch) -> Int[Tensor, ""]:
@@ -45,8 +51,12 @@ class HeadObjective(Objective):
     kind = "head"
 
     def count(self, batch: Batch) -> Int[Tensor, ""]:
-        """Labels that some position predicts: all but the first column and the ignored ones."""
-        return (batch.labels[:, 1:] != IGNORED).sum()
+        """Labels that some position predicts: all but the first column and the ignored ones; or
+        the masked tokens."""
+        if self.on_masked:
+            assert isinstance(batch, MaskedBatch), "this objective needs a view with masked tokens"
+            return (batch.guessed != IGNORED).sum()
+        return (batch.following != IGNORED).sum()
 
     def on_logits(
         self,

@@ -2,10 +2,14 @@
 
 from collections.abc import Iterator
 
+from pydantic import model_validator
+
 from bitray.objectives.base import Objective
 from bitray.objectives.continue_pretrain import ContinuePretrain
+from bitray.objectives.dlm import DLM
 from bitray.objectives.hidden_distill import HiddenDistill
 from bitray.objectives.logits_distill import LogitsDistill
+from bitray.objectives.tcs_distill import TCSDistill
 from bitray.schedules import DistillationSchedule
 from bitray.settings import Settings
 
@@ -16,6 +20,18 @@ class Objectives(Settings):
     continue_pretrain: ContinuePretrain | None = ContinuePretrain()
     hidden_distill: HiddenDistill | None = None
     logits_distill: LogitsDistill | None = None
+    dlm: DLM | None = None
+    tcs_distill: TCSDistill | None = None
+
+    @model_validator(mode="after")
+    def _views_are_there(self) -> "Objectives":
+        for name, objective in self.named():
+            if objective.view_of and getattr(self, objective.view_of) is None:
+                raise ValueError(
+                    f"{name} compares what {objective.view_of} masks, which is not there; give "
+                    f"{objective.view_of} too, with weight 0 if it is not to be learnt itself"
+                )
+        return self
 
     def named(self) -> Iterator[tuple[str, Objective]]:
         """Those that count, in the order of the fields."""
@@ -32,6 +48,11 @@ class Objectives(Settings):
     def needs_teacher(self) -> bool:
         """Whether any objective that counts compares the student with a teacher."""
         return any(objective.needs_teacher for _, objective in self.named())
+
+    @property
+    def needs_mask_token(self) -> bool:
+        """Whether any objective that counts masks tokens."""
+        return any(objective.on_masked for _, objective in self.named())
 
 
 def combined_weights(
