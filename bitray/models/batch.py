@@ -89,9 +89,10 @@ class Batch:
         """Columns that are the rows as they are, attended causally; None: a view has none."""
         return slice(0, self.input_ids.shape[1])
 
-    @property
-    def following(self) -> Int[Tensor, "batch length"]:
-        """The label that each place predicts, or -100: the shift happens here."""
+    def predicted(self, masked: bool = False) -> Int[Tensor, "batch length"]:
+        """The label that each place predicts, or -100: the shift happens here. With `masked` only
+        labels that a view has masked."""
+        assert not masked, "this objective needs a view with masked tokens"
         return F.pad(self.labels[:, 1:], (0, 1), value=IGNORED)
 
     def origin(self, places: Int[Tensor, " m"]) -> Int[Tensor, " m"]:

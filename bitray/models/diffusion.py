@@ -69,6 +69,10 @@ class MaskedBatch(Batch):
         width = self.input_ids.shape[1]
         return None if self.block is None else slice(width - self.row, width)
 
+    def predicted(self, masked: bool = False) -> Int[Tensor, "batch length"]:
+        """The next token in the clean half, or the masked tokens."""
+        return self.guessed if masked else super().predicted()
+
     def origin(self, places: Int[Tensor, " m"]) -> Int[Tensor, " m"]:
         """Every copy of a token comes from the same place of the batch."""
         width = self.input_ids.shape[1]

@@ -40,7 +40,9 @@ def check_documents_isolated(
     wrapped = model if isinstance(model, LossModel) else LossModel(model)
     vocabulary = wrapped.model.config.vocab_size
     rows = [batch.to(device) for batch in _rows(vocabulary)]
-    _check(wrapped, rows, _in_second_document(rows[0].following), "packed documents see each other")
+    _check(
+        wrapped, rows, _in_second_document(rows[0].predicted()), "packed documents see each other"
+    )
     if mask_token_id(wrapped.model.config) is not None:
         noisy = [_noisy(batch) for batch in rows]
         blind = _in_second_document(noisy[0].guessed) | _in_block_of_the_changed(noisy[0])

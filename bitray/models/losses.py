@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from bitray.models.batch import IGNORED, Batch
-from bitray.models.diffusion import MaskedBatch
 from bitray.models.families import decoder_layers
 from bitray.models.logits import log_softmax, shared_log_softmax
 from bitray.models.mask_token import mask_token_id
@@ -86,11 +85,9 @@ class LossModel(nn.Module):
         if sources:
             metrics["by_source"] = hidden.new_zeros((2, sources), dtype=torch.float64)
         causal = [term for term in head_terms if not term.objective.on_masked]
-        loss = self._head_loss(hidden, batch, batch.following, causal, teacher, metrics)
+        loss = self._head_loss(hidden, batch, causal, teacher, metrics)
         if masked := [term for term in head_terms if term.objective.on_masked]:
-            assert isinstance(batch, MaskedBatch), "these terms need a view with masked tokens"
-            guessed = batch.guessed
-            loss = loss + self._head_loss(hidden, batch, guessed, masked, teacher, metrics)
+            loss = loss + self._head_loss(hidden, batch, masked, teacher, metrics)
         if layer_terms:
             assert teacher is not None, "layer terms need a teacher"
             loss = loss + self._layer_loss(outputs, batch, layer_terms, teacher, metrics)
@@ -100,13 +97,13 @@ class LossModel(nn.Module):
         self,
         hidden: Tensor,
         batch: Batch,
-        labels: Int[Tensor, "batch length"],
         terms: Sequence[Term],
         teacher: TeacherOutput | None,
         metrics: Metrics,
     ) -> Tensor:
         """Terms that learn the same labels, each at the place that predicts it."""
-        head, labels = self.model.get_output_embeddings().weight, labels.flatten()
+        head = self.model.get_output_embeddings().weight
+        labels = batch.predicted(bool(terms) and terms[0].objective.on_masked).flatten()
         learnt = _places(labels != IGNORED) if terms else labels.new_empty(0)
         told = None
         if any(term.objective.needs_teacher for term in terms):

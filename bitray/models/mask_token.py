@@ -1,22 +1,26 @@
 """The mask token: which one it is, and how tokenizer and embeddings come by it."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from bitray.settings import UserError
+
+if TYPE_CHECKING:  # settings know the token's name, and load without transformers
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 MASK = "<|mask|>"
 MULTIPLE = 64
 """Embeddings that have to grow get a number of rows that this divides, for matrix units."""
 
 
-def mask_token_id(config: PretrainedConfig) -> int | None:
+def mask_token_id(config: "PretrainedConfig") -> int | None:
     """The id that a model was given for masked tokens; None: it knows none."""
     return getattr(config, "mask_token_id", None)
 
 
-def known_mask_token(config: PretrainedConfig) -> int:
+def known_mask_token(config: "PretrainedConfig") -> int:
     """The same, and a `UserError` where there is none."""
     number = mask_token_id(config)
     if number is None:
@@ -27,7 +31,7 @@ def known_mask_token(config: PretrainedConfig) -> int:
     return number
 
 
-def set_mask_token(tokenizer: PreTrainedTokenizerBase, text: str = MASK) -> int:
+def set_mask_token(tokenizer: "PreTrainedTokenizerBase", text: str = MASK) -> int:
     """Make `text` the tokenizer's mask token, adding it if it is not there; its id.
 
     `UserError` for a token that already means something: an ordinary one, the end of text, padding.
@@ -46,16 +50,14 @@ def set_mask_token(tokenizer: PreTrainedTokenizerBase, text: str = MASK) -> int:
 
 
 def add_mask_token(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str = MASK
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", text: str = MASK
 ) -> None:
     """Give both a mask token, in place. Embeddings grow only if no row is left for it; new rows are
     the mean of the others. The same again changes nothing."""
     number = set_mask_token(tokenizer, text)
     rows = model.config.vocab_size
     if number >= rows:
-        model.resize_token_embeddings(
-            number + 1, pad_to_multiple_of=MULTIPLE, mean_resizing=False
-        )
+        model.resize_token_embeddings(number + 1, pad_to_multiple_of=MULTIPLE, mean_resizing=False)
         tables = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
         for table in tables:  # one, if they are tied
             _fill_with_mean(table, rows)

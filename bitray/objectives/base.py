@@ -12,7 +12,6 @@ from pydantic import Field
 from torch import Tensor
 
 from bitray.models.batch import IGNORED, Batch
-from bitray.models.diffusion import MaskedBatch
 from bitray.settings import Settings
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -53,10 +52,7 @@ class HeadObjective(Objective):
     def count(self, batch: Batch) -> Int[Tensor, ""]:
         """Labels that some position predicts: all but the first column and the ignored ones; or
         the masked tokens."""
-        if self.on_masked:
-            assert isinstance(batch, MaskedBatch), "this objective needs a view with masked tokens"
-            return (batch.guessed != IGNORED).sum()
-        return (batch.following != IGNORED).sum()
+        return (batch.predicted(self.on_masked) != IGNORED).sum()
 
     def on_logits(
         self,

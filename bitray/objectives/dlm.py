@@ -44,9 +44,7 @@ class DLM(HeadObjective):
         copies = [masked, wanted & ~masked] if self.complementary else [masked]
         return masked_batch(batch, copies, self.block)
 
-    def _ratio(
-        self, batch: Batch, generator: torch.Generator
-    ) -> Float[Tensor, "batch length"]:
+    def _ratio(self, batch: Batch, generator: torch.Generator) -> Float[Tensor, "batch length"]:
         """One draw for each block: every token has that of the first one."""
         columns = torch.arange(batch.labels.shape[1], device=batch.labels.device)
         return _uniform(batch, generator).gather(1, columns - batch.position_ids % self.block)

@@ -20,6 +20,7 @@ from bitray.models.loading import (
     local_model,
     skeleton,
 )
+from bitray.models.mask_token import set_mask_token
 from bitray.pipeline.config import Config
 from bitray.pipeline.folders import StageFolder, named_checkpoint
 from bitray.pipeline.remix import schedule_of_mixture
@@ -83,6 +84,8 @@ def check_model(config: Config, model: PreTrainedModel, tokenizer: str | None) -
         check_vocabulary(mine, model.config.vocab_size)
         if config.model.teacher:
             _check_teacher(config.model.teacher, mine)
+        if any(stage.objectives.needs_mask_token for stage in config.stages.values()):
+            set_mask_token(mine, config.model.mask_token)
     converted = to_bitnet(model, config.model.quantization.subln)
     reasons: dict[str, list[str]] = {}
     for kind in config.export.gguf:
