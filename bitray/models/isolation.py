@@ -40,31 +40,41 @@ def check_documents_isolated(
     wrapped = model if isinstance(model, LossModel) else LossModel(model)
     vocabulary = wrapped.model.config.vocab_size
     rows = [batch.to(device) for batch in _rows(vocabulary)]
-    _check(
-        wrapped, rows, _in_second_document(rows[0].predicted()), "packed documents see each other"
-    )
-    if mask_token_id(wrapped.model.config) is not None:
-        noisy = [_noisy(batch) for batch in rows]
-        blind = _in_second_document(noisy[0].guessed) | _in_block_of_the_changed(noisy[0])
-        _check(wrapped, noisy, blind, "block diffusion sees what it is to guess")
-
-
-def _check(model: LossModel, rows: Sequence[Batch], blind: Tensor, leaking: str) -> None:
-    """`UserError` if the change between two batches moves logits at the `blind` ones of the places
-    that predict something, or nothing at all."""
-    with _undisturbed(model), torch.no_grad():
-        before, after = (_logits(model, batch) for batch in rows)
-    moved = (after - before).abs().amax(-1) / before.abs().max()
-    if not bool(moved[~blind].max() > TOLERANCE):
+    moved, second = _moved(wrapped, rows), _in_second_document(rows[0].predicted())
+    if not bool(moved[~second].max() > TOLERANCE):
         raise UserError(
             "document isolation cannot be checked: changing a token moves no output at all; the "
             "weights of this model are constant or not finite"
         )
-    leak = moved[blind].max().item()
+    _refuse(wrapped, moved[second], "packed documents see each other")
+    if mask_token_id(wrapped.model.config) is not None:
+        noisy = [_noisy(batch) for batch in rows]
+        moved, labels = _moved(wrapped, noisy), noisy[0].guessed
+        same, later = _blocks_of_first_copy(labels)
+        second = _in_second_document(labels)
+        _refuse(wrapped, moved[same | second], "block diffusion sees what it is to guess")
+        if not bool(moved[later & ~second].max() > TOLERANCE / 100):  # it comes by attention alone
+            raise UserError(
+                "block diffusion does not see the text before its block: attention "
+                f"'{wrapped.model.config._attn_implementation}' ignores the mask, use 'sdpa'"
+            )
+
+
+def _moved(model: LossModel, rows: Sequence[Batch]) -> Float[Tensor, " learnt"]:
+    """How far a change between two batches moves the logits of each place that predicts something,
+    relative to their size."""
+    with _undisturbed(model), torch.no_grad():
+        before, after = (_logits(model, batch) for batch in rows)
+    return (after - before).abs().amax(-1) / before.abs().max()
+
+
+def _refuse(model: LossModel, moved: Tensor, what: str) -> None:
+    """`UserError` for logits that are moved by what is out of their sight."""
+    leak = moved.max().item()
     if leak > TOLERANCE:
         attention = model.model.config._attn_implementation
         raise UserError(
-            f"{leaking}: a token that is out of sight moves logits by {leak:.1e} of their size; "
+            f"{what}: a token that is out of sight moves logits by {leak:.1e} of their size; "
             f"this version of transformers does not hide it with attention '{attention}', use "
             "'sdpa' and a version that bitray was tested with"
         )
@@ -115,13 +125,15 @@ def _in_second_document(labels: Tensor) -> Tensor:
     return (places >= starts[:, None])[labels != IGNORED]
 
 
-def _in_block_of_the_changed(batch: MaskedBatch) -> Tensor:
-    """Of the places that predict a label, those of the noisy block in which the token that is
-    changed is masked."""
-    first = CHANGED // BLOCK * BLOCK
-    places = torch.arange(batch.guessed.shape[1], device=batch.guessed.device)
-    block = (places >= first) & (places < first + BLOCK)  # of the first copy
-    return block.expand_as(batch.guessed)[batch.guessed != IGNORED]
+def _blocks_of_first_copy(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the places that predict a label, those of the noisy copy in which the token that is
+    changed is masked: in its block, and in later ones."""
+    width = sum(LENGTHS[0])
+    places = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)[
+        labels != IGNORED
+    ]
+    same = places // BLOCK == CHANGED // BLOCK
+    return same, (places < width) & ~same
 
 
 @contextmanager
