@@ -26,7 +26,7 @@ class Reader:
 
     def __call__(
         self, ids: Int[Tensor, " n"], noisy: bool, last: bool = False
-    ) -> Float[Tensor, "n vocab"]:
+    ) -> Float[Tensor, "said vocab"]:
         """Logits at `ids`, which follow what is finished (`last`: at the last of them only). Clean
         ones are finished thereby; noisy ones, which are one block, leave no trace."""
         count = len(ids)

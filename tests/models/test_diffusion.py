@@ -214,7 +214,8 @@ def test_a_planted_logit_is_found_at_its_place_and_not_one_off(
     """Hidden states that say one token loudly, through a head that is the identity. Student and
     teacher each say the next token; the student only where it has to, elsewhere nonsense."""
     block = 4
-    wrapped = LossModel(make_model(hidden_size=VOCABULARY, head_dim=16, tie_word_embeddings=False))
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16}
+    wrapped = LossModel(make_model(hidden_size=VOCABULARY, tie_word_embeddings=False, **heads))
     with torch.no_grad():
         wrapped.model.lm_head.weight.copy_(LOUD * torch.eye(VOCABULARY))
     batch = make_batch(LENGTHS, WIDTH)

@@ -75,7 +75,7 @@ def test_a_teacher_without_the_token_still_teaches() -> None:
     model, teacher = make_model(vocab_size=SIZE), make_model(vocab_size=SIZE, seed=1).eval()
     batch = make_batch([[10, 12], [32]])
     expected = LossModel(model)(batch, [Term("kl", LogitsDistill(), 1.0)], [],
-                                run_teacher(teacher, batch, False))[0]  # fmt: skip
+                                run_teacher(teacher, batch, False))[0].item()  # fmt: skip
     add_mask_token(model, tokenizer())
     with torch.no_grad():
         model.lm_head.weight[SIZE:] = 0  # rows that the student gives no weight to speak of
