@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from bitray import Config
-from bitray.objectives import Objectives
 
 ROOT = Path(__file__).parent.parent
 WITH_RAY = ("bitray/pipeline/", "bitray/tuning/", "bitray/data/prepare.py", "bitray/data/actor.py",
@@ -53,8 +52,6 @@ def test_every_preset_loads(group: str, name: str) -> None:
 
 @pytest.mark.parametrize(("group", "name"), choices("training"))
 def test_every_stage_preset_loads_and_runs_alone(group: str, name: str) -> None:
-    if name in {"base", "unified"} and "dlm" not in Objectives.model_fields:
-        pytest.skip("needs the dlm objective")
     assert len(Config.load(overrides=[f"training={name}"]).stages) == 1
 
 

@@ -129,6 +129,7 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
         "eos": eos,
         "padding": tokenizer.pad_token_id,
         "unknown": tokenizer.unk_token_id,
+        "mask": tokenizer.mask_token_id,
     }
     return {name: number for name, number in ids.items() if number is not None}
 

@@ -8,6 +8,7 @@ _WHERE = {
     "perplexity": "evaluation",
     "generate": "generation",
     "Sampling": "settings",
+    "Diffusion": "settings",
 }
 __all__ = list(_WHERE)
 

@@ -1,14 +1,15 @@
-"""Autoregressive text from a model, with a key-value cache, at strength 1."""
+"""Text from a model, at strength 1; autoregressive here, with a key-value cache."""
 
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from bitray.inference.diffusion import diffuse
 from bitray.inference.evaluation import fully_quantised
-from bitray.inference.settings import Sampling
+from bitray.inference.sampling import check_fits, choose
+from bitray.inference.settings import Diffusion, Sampling
+from bitray.models.mask_token import mask_token_id
 from bitray.settings import UserError
 
 
@@ -17,12 +18,17 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     sampling: Sampling | None = None,
+    diffusion: Diffusion | None = None,
 ) -> str:
-    """The continuation of `prompt`, without the prompt. Ends at the end-of-text token."""
-    sampling = sampling or Sampling()
+    """The continuation of `prompt`, without the prompt, up to the end of text; token by token, or
+    with `diffusion` in blocks."""
+    sampling, end = sampling or Sampling(), tokenizer.eos_token_id
     ids = _prompt_ids(tokenizer, prompt)
-    new = list(tokens(model, ids, sampling, tokenizer.eos_token_id))
-    return str(tokenizer.decode(new, skip_special_tokens=True))
+    if diffusion is None:
+        new = tokens(model, ids, sampling, end)
+    else:
+        new = diffuse(model, ids, sampling, diffusion, end)
+    return str(tokenizer.decode(list(new), skip_special_tokens=True))
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -39,35 +45,18 @@ def tokens(
     model: PreTrainedModel, ids: list[int], sampling: Sampling, end: int | None
 ) -> Iterator[int]:
     """New token ids, one at a time."""
-    limit = model.config.max_position_embeddings
-    if len(ids) + sampling.max_new_tokens > limit:
-        raise UserError(
-            f"prompt of {len(ids)} tokens and max_new_tokens={sampling.max_new_tokens} do not fit "
-            f"into the model's {limit} positions"
-        )
+    check_fits(model, ids, sampling)
+    mask_token = mask_token_id(model.config)
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(sampling.seed)
     cache, inputs = DynamicCache(config=model.config), torch.tensor([ids], device=device)
     with fully_quantised(model), torch.no_grad():
         for _ in range(sampling.max_new_tokens):
             logits = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits[0, -1]
-            token = _choose(logits.float(), sampling, generator)
+            if mask_token is not None:
+                logits[mask_token] = -torch.inf  # nothing has taught the causal half not to say it
+            token = int(choose(logits[None].float(), sampling, generator))
             if token == end:
                 return
             yield token
             inputs = torch.tensor([[token]], device=device)
-
-
-def _choose(
-    logits: Float[Tensor, " vocabulary"], sampling: Sampling, generator: torch.Generator
-) -> int:
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    logits = logits / sampling.temperature
-    if sampling.top_k:
-        kept = logits.topk(min(sampling.top_k, logits.numel()))
-        logits = torch.full_like(logits, -torch.inf).scatter(0, kept.indices, kept.values)
-    probabilities, order = logits.softmax(-1).sort(descending=True)
-    outside = probabilities.cumsum(0) - probabilities >= sampling.top_p
-    probabilities = probabilities.masked_fill(outside, 0.0)
-    return int(order[torch.multinomial(probabilities, 1, generator=generator)])

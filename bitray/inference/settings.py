@@ -1,5 +1,7 @@
 """Settings of what a model says."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from bitray.settings import Settings
@@ -16,3 +18,15 @@ class Sampling(Settings):
     top_p: float = Field(default=0.95, gt=0, le=1)
     """Only the most likely tokens that together have this probability."""
     seed: int = 0
+
+
+class Diffusion(Settings):
+    """How the masked tokens of a block become text."""
+
+    strategy: Literal["greedy", "iterative", "adaptive"] = "adaptive"
+    """`greedy`: all of a block after one forward. `iterative`: in `steps` forwards, the surest
+    first. `adaptive`: after each forward those surer than `threshold`, at least one."""
+    threshold: float = Field(default=0.9, gt=0, le=1)
+    steps: int = Field(default=8, ge=1)
+    block: int | None = Field(default=None, ge=1)
+    """Tokens of a block; None: as the model was trained."""

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 IGNORED = -100
 """Label of positions that are not learnt: padding, prompts, the first token of every document."""
@@ -53,6 +54,21 @@ class Batch:
         labels = torch.where(torch.from_numpy(learnt), ids, IGNORED)
         sources = torch.as_tensor(list(source_id), dtype=torch.int64)
         return cls(ids, labels, torch.from_numpy(positions), sources, torch.from_numpy(real))
+
+    @property
+    def clean(self) -> slice | None:
+        """Columns that are the rows as they are, attended causally; None: a view has none."""
+        return slice(0, self.input_ids.shape[1])
+
+    def predicted(self, masked: bool = False) -> Int[Tensor, "batch length"]:
+        """The label that each place predicts, or -100: the shift happens here. With `masked` only
+        labels that a view has masked."""
+        assert not masked, "this objective needs a view with masked tokens"
+        return F.pad(self.labels[:, 1:], (0, 1), value=IGNORED)
+
+    def origin(self, places: Int[Tensor, " m"]) -> Int[Tensor, " m"]:
+        """Where in the batch that a teacher sees these (flattened) places of a view come from."""
+        return places
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""

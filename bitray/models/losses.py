@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from bitray.models.batch import IGNORED, Batch
 from bitray.models.families import decoder_layers
 from bitray.models.logits import log_softmax, shared_log_softmax
+from bitray.models.mask_token import mask_token_id
 from bitray.models.packed import last_hidden, packed_inputs
 from bitray.models.sparse import TopK
 from bitray.nn.linear import compute_dtype
@@ -45,6 +46,8 @@ class TeacherOutput:
     """Output of every decoder layer; emptied by the loss that uses them."""
 
 
+NEVER = -1e30
+"""A logit of probability 0 at any temperature, and still a number: -inf times 0 is none."""
 Metrics = dict[str, Tensor]
 Differentiated = tuple[Tensor, list[Tensor | None]]
 """A loss and its gradients."""
@@ -82,7 +85,10 @@ class LossModel(nn.Module):
         metrics: Metrics = defaultdict(lambda: hidden.new_zeros((), dtype=torch.float32))
         if sources:
             metrics["by_source"] = hidden.new_zeros((2, sources), dtype=torch.float64)
-        loss = self._head_loss(hidden, batch, head_terms, teacher, metrics)
+        causal = [term for term in head_terms if not term.objective.on_masked]
+        loss = self._head_loss(hidden, batch, causal, teacher, metrics)
+        if masked := [term for term in head_terms if term.objective.on_masked]:
+            loss = loss + self._head_loss(hidden, batch, masked, teacher, metrics)
         if layer_terms:
             assert isinstance(teacher, TeacherOutput), "layer terms need a teacher"
             loss = loss + self._layer_loss(outputs, batch, layer_terms, teacher, metrics)
@@ -96,18 +102,20 @@ class LossModel(nn.Module):
         teacher: TeacherOutput | TopK | None,
         metrics: Metrics,
     ) -> Tensor:
+        """Terms that learn the same labels, each at the place that predicts it."""
         head = self.model.get_output_embeddings().weight
-        following = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED).flatten()
-        learnt = _places(following != IGNORED) if terms else following.new_empty(0)
+        labels = batch.predicted(bool(terms) and terms[0].objective.on_masked).flatten()
+        learnt = _places(labels != IGNORED) if terms else labels.new_empty(0)
         told: _Told | TopK | None = None
         if any(term.objective.needs_teacher for term in terms):
             assert teacher is not None, "these terms need a teacher"
+            origin = batch.origin(learnt)
             if isinstance(teacher, TopK):
-                told = teacher.at(learnt)
+                told = teacher.at(origin)
             else:
-                told = _Told.of(teacher, learnt, head)
+                told = _Told.of(teacher, origin, head, mask_token_id(self.model.config))
         source = batch.source_id.repeat_interleave(batch.labels.shape[1])[learnt]
-        chunks = _HeadChunks(following[learnt], source, terms, told, metrics, self._chunk(hidden))
+        chunks = _HeadChunks(labels[learnt], source, terms, told, metrics, self._chunk(hidden))
         # Without terms this still ties head and final norm to the loss: gradients 0, not None.
         return differentiated(chunks, _at(hidden, learnt), head)
 
@@ -129,8 +137,9 @@ class LossModel(nn.Module):
             )
         loss = outputs[0].new_zeros((), dtype=torch.float32)
         real, chunk_tokens = _places(batch.real.flatten()), self._chunk(outputs[0])
+        origin = batch.origin(real)
         for index in reversed(range(num_layers)):
-            states, target = _at(outputs.pop(), real), _at(targets.pop(), real)
+            states, target = _at(outputs.pop(), real), _at(targets.pop(), origin)
             chunks = _LayerChunks(
                 index, num_layers, target, teacher.head, terms, metrics, chunk_tokens
             )
@@ -221,20 +230,31 @@ class _Told:
 
     hidden: Float[Tensor, "n hidden"]
     head: Float[Tensor, "vocab hidden"]
+    unknown: int
+    """Rows of the student's vocabulary that the teacher lacks: the mask token and its padding."""
 
     @classmethod
-    def of(cls, teacher: TeacherOutput, learnt: Int[Tensor, " n"], student_head: Tensor) -> "_Told":
-        if teacher.head.shape[0] != student_head.shape[0]:
+    def of(
+        cls,
+        teacher: TeacherOutput,
+        learnt: Int[Tensor, " n"],
+        student_head: Tensor,
+        mask_token: int | None,
+    ) -> "_Told":
+        unknown = student_head.shape[0] - teacher.head.shape[0]
+        grown = mask_token is not None and teacher.head.shape[0] <= mask_token
+        if unknown and not grown:
             raise UserError(
                 f"the teacher's vocabulary has {teacher.head.shape[0]} entries, the student's "
                 f"{student_head.shape[0]}; they must be the same"
             )
         dtype = compute_dtype(teacher.head)
-        return cls(_at(teacher.hidden, learnt).to(dtype), teacher.head.to(dtype))
+        return cls(_at(teacher.hidden, learnt).to(dtype), teacher.head.to(dtype), unknown)
 
     def part(self, rows: slice) -> Float[Tensor, "n vocab"]:
         with torch.no_grad():
-            return F.linear(self.hidden[rows], self.head).float()
+            logits = F.linear(self.hidden[rows], self.head).float()
+            return F.pad(logits, (0, self.unknown), value=NEVER) if self.unknown else logits
 
 
 @dataclass
@@ -274,7 +294,7 @@ class _HeadChunks:
                 theirs = told if term.objective.needs_teacher else None
                 result = term.objective.on_logits(logits, self.labels[rows], theirs)
                 loss = loss + _add_up(term, result, self.metrics)
-            if "by_source" in self.metrics:
+            if "by_source" in self.metrics and not self.terms[0].objective.on_masked:
                 self._by_source(logits, rows)
             if not wanted:
                 return loss, logits

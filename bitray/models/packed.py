@@ -1,4 +1,4 @@
-"""The forward of packed rows: which arguments keep documents apart (DATA, section 4)."""
+"""The forward of a batch: which arguments keep documents apart (DATA, section 4)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitray.models.batch import Batch
+from bitray.models.diffusion import MaskedBatch
+from bitray.models.mask_token import known_mask_token
 
 
 def packed_inputs(batch: Batch) -> Mapping[str, Any]:
@@ -26,4 +28,9 @@ def packed_inputs(batch: Batch) -> Mapping[str, Any]:
 
 def last_hidden(model: PreTrainedModel, batch: Batch) -> Float[Tensor, "batch length hidden"]:
     """The input of the output head: hidden states after the final norm."""
-    return model.base_model(**packed_inputs(batch)).last_hidden_state
+    inputs = dict(packed_inputs(batch))
+    if isinstance(batch, MaskedBatch):
+        mask_token = known_mask_token(model.config)
+        inputs["input_ids"] = batch.input_ids.masked_fill(batch.masked, mask_token)
+        inputs["attention_mask"] = batch.attention_mask()
+    return model.base_model(**inputs).last_hidden_state

@@ -12,6 +12,8 @@ _HOMES = {
     "ContinuePretrain": "continue_pretrain",
     "HiddenDistill": "hidden_distill",
     "LogitsDistill": "logits_distill",
+    "DLM": "dlm",
+    "TCSDistill": "tcs_distill",
 }
 
 

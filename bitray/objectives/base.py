@@ -29,11 +29,16 @@ class Objective(Settings):
     needs_teacher: ClassVar[bool] = False
     takes_top_k: ClassVar[bool] = False
     """Whether a teacher's likeliest tokens are enough, which is all that a remote one sends."""
+    on_masked: ClassVar[bool] = False
+    """Whether it looks at the tokens that a view masks, and not at the rows as they are."""
+    view_of: ClassVar[str | None] = None
+    """Name of the objective whose view it looks at; None: its own."""
 
     weight: Weight = 0.0
 
     def view(self, batch: Batch, generator: torch.Generator) -> Batch:
-        """What the student sees. Objectives that return `batch` itself share one forward."""
+        """What the student sees. Objectives that return `batch` itself share one forward, that of a
+        view with a `clean` half where there is one."""
         return batch
 
     def count(self, batch: Batch) -> Int[Tensor, ""]:
@@ -47,8 +52,9 @@ class HeadObjective(Objective):
     kind = "head"
 
     def count(self, batch: Batch) -> Int[Tensor, ""]:
-        """Labels that some position predicts: all but the first column and the ignored ones."""
-        return (batch.labels[:, 1:] != IGNORED).sum()
+        """Labels that some position predicts: all but the first column and the ignored ones; or
+        the masked tokens."""
+        return (batch.predicted(self.on_masked) != IGNORED).sum()
 
     def on_logits(
         self,

@@ -1,8 +1,12 @@
 """The loss as a weighted sum of named objectives, and how the weights follow the step."""
 
+from pydantic import model_validator
+
 from bitray.objectives.continue_pretrain import ContinuePretrain
+from bitray.objectives.dlm import DLM
 from bitray.objectives.hidden_distill import HiddenDistill
 from bitray.objectives.logits_distill import LogitsDistill
+from bitray.objectives.tcs_distill import TCSDistill
 from bitray.schedules import Curriculum, DistillationSchedule
 from bitray.settings import Settings
 
@@ -13,6 +17,19 @@ class Objectives(Settings):
     continue_pretrain: ContinuePretrain | None = ContinuePretrain()
     hidden_distill: HiddenDistill | None = None
     logits_distill: LogitsDistill | None = None
+    dlm: DLM | None = None
+    tcs_distill: TCSDistill | None = None
+
+    @model_validator(mode="after")
+    def _views_are_there(self) -> "Objectives":
+        for name in type(self).model_fields:
+            view_of = getattr(getattr(self, name), "view_of", None)
+            if view_of and getattr(self, view_of) is None:
+                raise ValueError(
+                    f"{name} compares what {view_of} masks, which is not there; give "
+                    f"{view_of} too, with weight 0 if it is not to be learnt itself"
+                )
+        return self
 
     def active(
         self, step: int, total_steps: int, curriculum: Curriculum | None = None

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from bitray.data import DataSettings
 from bitray.data.weights import quantise
 from bitray.export import GGUFType
+from bitray.models.mask_token import MASK
 from bitray.settings import Composed, Settings, Tree, UserError, merge, nearest
 from bitray.training.settings import TrainingSettings
 from bitray.training.teacher_settings import Actors, InProcess, Server, Teachers
@@ -36,6 +37,9 @@ class ModelSettings(Settings):
     tokenizer: str | None = None
     """Id or folder; None: the model's own, or one trained on the data for a model built here."""
     teacher: Teachers = InProcess()
+    mask_token: str = MASK
+    """Stands for what block diffusion is to guess; added to tokenizer and embeddings unless it is
+    one of the tokenizer's reserved tokens."""
     quantization: Quantization = Quantization()
 
     @field_validator("teacher", mode="before")

@@ -117,7 +117,12 @@ def generate_text(arguments: Generation) -> str:
     where = resolve_checkpoint(arguments.checkpoint)
     model, tokenizer = loaded(where)
     model.to(device_at_hand())  # type: ignore[arg-type]  # transformers types `to` away
-    return arguments.prompt + generate(model, tokenizer, arguments.prompt, arguments.sampling)
+    diffusion = arguments.diffusion if arguments.mode == "diffusion" else None
+    try:
+        text = generate(model, tokenizer, arguments.prompt, arguments.sampling, diffusion)
+    except UserError as error:
+        raise UserError(f"{arguments.checkpoint}: {error}") from None
+    return arguments.prompt + text
 
 
 def export_checkpoint(arguments: Export) -> Any:

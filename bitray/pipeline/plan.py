@@ -21,6 +21,7 @@ from bitray.models.loading import (
     local_model,
     skeleton,
 )
+from bitray.models.mask_token import set_mask_token
 from bitray.pipeline.config import Config
 from bitray.pipeline.folders import StageFolder, named_checkpoint
 from bitray.pipeline.remix import schedule_of_mixture
@@ -103,6 +104,8 @@ def check_model(config: Config, model: PreTrainedModel, tokenizer: str | None) -
         mine = load_tokenizer(tokenizer)
         check_vocabulary(mine, model.config.vocab_size)
         _check_teacher(config, mine)
+        if any(stage.needs_mask_token for stage in config.stages.values()):
+            set_mask_token(mine, config.model.mask_token)
     converted = to_bitnet(model, config.model.quantization.subln)
     reasons: dict[str, list[str]] = {}
     for kind in config.export.gguf:

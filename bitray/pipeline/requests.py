@@ -7,7 +7,7 @@ from pydantic import Field
 
 from bitray.data import DataSettings
 from bitray.export import GGUFType
-from bitray.inference import Sampling
+from bitray.inference import Diffusion, Sampling
 from bitray.settings import Composed
 
 
@@ -38,8 +38,10 @@ class Generation(Inspection):
     """Arguments of `jobs/generate.py`."""
 
     prompt: str
-    mode: Literal["autoregressive"] = "autoregressive"
+    mode: Literal["autoregressive", "diffusion"] = "autoregressive"
+    """`diffusion` needs a model that was trained with `objectives.dlm`."""
     sampling: Sampling = Sampling()
+    diffusion: Diffusion = Diffusion()
 
 
 class Export(Inspection):

@@ -30,6 +30,7 @@ from bitray.models.loading import (
     model_files,
 )
 from bitray.models.losses import LossModel
+from bitray.models.mask_token import add_mask_token, mask_token_id
 from bitray.pipeline.config import Config
 from bitray.pipeline.console import Say, speaking
 from bitray.pipeline.folders import StageFolder, predecessor, resume_point, teacher_of
@@ -118,7 +119,13 @@ class Stage:
             torch.set_float32_matmul_precision("high" if self.settings.tf32 else "highest")
         torch.manual_seed(seed_of(self.settings.seed, self.name))
         model, strength = self.student()
-        self.files = model_files(model, load_tokenizer(self.job.tokenizer))
+        tokenizer = load_tokenizer(self.job.tokenizer)
+        block_diffusion = self.settings.objectives.dlm
+        if self.settings.needs_mask_token or mask_token_id(model.config) is not None:
+            add_mask_token(model, tokenizer, self.config.model.mask_token)
+        if self.settings.needs_mask_token and block_diffusion and block_diffusion.mode == "block":
+            model.config.diffusion_block = block_diffusion.block
+        self.files = model_files(model, tokenizer)
         wrapped = LossModel(model, self.settings.logits_chunk).to(self.device)
         check_documents_isolated(model, self.device)
         parallelize(wrapped, self.settings, self.device)

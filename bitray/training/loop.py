@@ -179,19 +179,23 @@ class Loop:
             set_sparsity(self.model, lambda size: sparsity.kept(size, step, total), block)
 
     def _passes(self, ticket: int, batch: Batch, weights: dict[str, float]) -> list[Pass]:
-        """One forward per distinct view; objectives with the identity view share it."""
-        passes: list[Pass] = []
+        """One forward per distinct view; who looks at the batch itself rides on a view that has it
+        as its clean half."""
+        objectives, views = self.settings.objectives, dict[str, Batch]()
         for name in weights:
-            generator = torch.Generator(self.device)
-            generator.manual_seed(seed_of(self.settings.seed, self.stage, ticket, name))
-            view = getattr(self.settings.objectives, name).view(batch, generator)
-            for each in passes:
-                if each.view is view:
-                    each.names.append(name)
-                    break
-            else:
-                passes.append(Pass(batch, view, [name]))
-        return passes
+            maker = getattr(objectives, name).view_of or name
+            if maker not in views:
+                generator = torch.Generator(self.device)
+                generator.manual_seed(seed_of(self.settings.seed, self.stage, ticket, maker))
+                views[maker] = getattr(objectives, maker).view(batch, generator)
+        made = (view for view in views.values() if view is not batch and view.clean is not None)
+        carrier = next(made, batch)
+        passes: dict[int, Pass] = {}
+        for name in weights:
+            view = views[getattr(objectives, name).view_of or name]
+            view = carrier if view is batch else view
+            passes.setdefault(id(view), Pass(batch, view, [])).names.append(name)
+        return list(passes.values())
 
     def _count(
         self, batches: list[Batch], passes: list[Pass], weights: dict[str, float]
@@ -334,6 +338,8 @@ class Loop:
             for key in sums:
                 if key.startswith(f"{name}/") and not key.endswith("/sum"):
                     metrics[f"train/{name}_{key.partition('/')[2]}"] = sums[key] / count
+        if "dlm" in window.counts:
+            metrics["train/dlm_num_masked"] = window.counts["dlm"] / window.steps
         for at, name in enumerate(self.sources):
             metrics[f"mixture/share_{name}"] = tokens[at] / window.counts["tokens"]
             if labels[at]:

@@ -222,6 +222,11 @@ class TrainingSettings(Settings):
         """Whether any objective that ever counts compares the student with a teacher."""
         return any(objective.needs_teacher for objective in self.learnt.values())
 
+    @property
+    def needs_mask_token(self) -> bool:
+        """Whether any objective that ever counts masks tokens."""
+        return any(objective.on_masked for objective in self.learnt.values())
+
     def strength(self, step: int, initial: float) -> float:
         """Quantisation strength of a step in a stage whose predecessor ended at `initial`."""
         ramp = self.lambda_warmup.strength(step, self.total_steps)

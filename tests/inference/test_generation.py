@@ -7,7 +7,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bitray.data.tokenizer import train_tokenizer
 from bitray.inference import Sampling, generate
-from bitray.inference.generation import _choose, tokens
+from bitray.inference.generation import tokens
+from bitray.inference.sampling import choose
 from bitray.models.convert import to_bitnet
 from bitray.models.loading import build_model
 from bitray.nn import set_strength, strength_of
@@ -67,12 +68,12 @@ def test_a_seed_says_what_is_drawn() -> None:
 
 def test_draws_follow_the_distribution_that_is_left() -> None:
     """Probabilities 0.4, 0.3, 0.2, 0.1 at temperature 1."""
-    logits = torch.tensor([0.2, 0.4, 0.1, 0.3]).log()
+    logits = torch.tensor([0.2, 0.4, 0.1, 0.3]).log()[None]
     generator = torch.Generator().manual_seed(0)
 
     def shares(**said: float) -> np.ndarray:
         sampling = Sampling.model_validate({"temperature": 1.0, "top_k": 0, "top_p": 1.0} | said)
-        found = [_choose(logits, sampling, generator) for _ in range(4000)]
+        found = choose(logits.expand(4000, 4), sampling, generator).numpy()
         return np.bincount(found, minlength=4) / len(found)
 
     np.testing.assert_allclose(shares(), [0.2, 0.4, 0.1, 0.3], atol=0.03)

@@ -157,7 +157,8 @@ def _batch() -> Batch:
 
 def test_view_and_count(objective):
     batch = _batch()
-    view = objective.view(batch, torch.Generator())
+    maker = EVERY[objective.view_of]() if objective.view_of else objective
+    view = maker.view(batch, torch.Generator())
     count = objective.count(view)
     assert count.shape == ()
     assert not count.is_floating_point()
