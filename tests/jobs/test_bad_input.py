@@ -32,6 +32,7 @@ FRESH = "resume.fresh=true"
         (["data.sources.code.type=locale"], "code.type: 'locale' is not one of local, streaming"),
         (["export.gguf=[i3_s]"], "'i3_s' is not one of i2_s, tq1_0, tq2_0, f16, bf16, f32 (n"),
         (["pretrain"], "'pretrain': expected key=value or group=name (see --help)"),
+        (["training.objectives.tcs_distill.weight=1"], "tcs_distill compares what dlm masks"),
         (["--dryrun"], "--dryrun: there is no such flag (nearest: '--dry-run')"),
         (["--dry"], "--dry: there is no such flag (nearest: '--dry-run')"),
         (["--config"], "--config: expected one argument"),
@@ -272,6 +273,14 @@ def test_an_unsupported_architecture_names_the_supported_ones(
     assert "gpt2" in told and all(name in told for name in ("llama", "qwen2", "qwen3"))
 
 
+def test_a_mask_token_that_means_something_else(command: Command, models: Path) -> None:
+    words = ["model=smollm2_135m", f"model.path={models / 'dense'}", "pipeline=standard"]
+    words += ["training.max_seq_length=64", "training.objectives.dlm.weight=1"]
+    for more in ("--dry-run", FRESH):
+        told = command("pretrain", *words, "model.mask_token=<|pad|>", more).sentence()
+        assert told.startswith("model.mask_token: '<|pad|>' (id 1) already means something")
+
+
 def test_rows_longer_than_a_pretrained_model_has_positions(command: Command, models: Path) -> None:
     words = ["model=smollm2_135m", f"model.path={models / 'dense'}", "model.name=mine"]
     words += ["pipeline=standard", "training.max_seq_length=64", "stages.stage2.max_seq_length=129"]
@@ -355,6 +364,12 @@ def test_a_prompt_that_is_too_long(command: Command, models: Path) -> None:
     given = [f"checkpoint={models / 'ternary'}", f"prompt={'x1' * 60}"]
     told = command("generate", *given, "sampling.max_new_tokens=9").sentence()
     assert "prompt of 120 tokens and max_new_tokens=9 do not fit into the model's 128" in told
+
+
+def test_block_diffusion_without_a_mask_token(command: Command, models: Path) -> None:
+    where = models / "ternary"
+    told = command("generate", f"checkpoint={where}", "prompt=a", "mode=diffusion").sentence()
+    assert told.startswith(f"{where}: this model has no mask token") and "objectives.dlm" in told
 
 
 def test_a_model_alone_has_no_data_to_be_evaluated_on(command: Command, models: Path) -> None:

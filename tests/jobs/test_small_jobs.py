@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from bitray.data.settings import HeldOut
 from bitray.data.units import split_of
-from bitray.inference import Sampling, evaluate, generate, perplexity
+from bitray.inference import Diffusion, Sampling, evaluate, generate, perplexity
 from bitray.models.batch import Batch
-from bitray.models.loading import load_model, load_tokenizer
+from bitray.models.loading import load_model, load_tokenizer, save_model
 from bitray.models.losses import LossModel
+from bitray.models.mask_token import add_mask_token
 from bitray.training.loop import autocast_for
 
 GREEDY = ["sampling.temperature=0", "sampling.max_new_tokens=6"]
@@ -58,6 +59,23 @@ def test_a_relative_folder_and_a_seed(command: Command, here: Path, models: Path
     words = ["checkpoint=mine", "prompt=a", "sampling.max_new_tokens=8", "sampling.top_k=0"]
     first, again, other = (command("generate", *words, f"sampling.seed={k}") for k in (1, 1, 2))
     assert first.out == again.out != other.out
+
+
+def test_block_diffusion_of_a_model_with_a_mask_token(
+    command: Command, here: Path, models: Path
+) -> None:
+    model, tokenizer = load_model(str(models / "ternary")), load_tokenizer(str(models / "ternary"))
+    add_mask_token(model, tokenizer)
+    save_model(model, str(here / "masked"), tokenizer)
+    words = ["checkpoint=masked", "prompt=The function", "mode=diffusion", *GREEDY]
+    greedy = Sampling(temperature=0, max_new_tokens=6)
+    for how in Diffusion(), Diffusion(strategy="iterative", steps=2, block=4):
+        said = [f"diffusion.{key}={value}" for key, value in how.model_dump().items() if value]
+        done = command("generate", *words, *said)
+        assert done.code == 0, done.err
+        assert done.out.strip() != "The function"
+        expected = generate(model, tokenizer, "The function", greedy, how)
+        assert done.out == f"The function{expected}\n"
 
 
 # ------------------------------------------------------------------------------------------ export
