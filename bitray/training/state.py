@@ -41,6 +41,8 @@ class Position:
     """Lowest mean held-out loss so far."""
     norms: Norms = field(default_factory=Norms)
     """What ZClip knows of gradient norms."""
+    factors: dict[str, float] = field(default_factory=dict)
+    """Factors of objectives that were measured, such as the gamma of attention_distill."""
 
     @classmethod
     def from_json(cls, held: dict[str, Any]) -> "Position":

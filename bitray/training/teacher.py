@@ -13,7 +13,9 @@ from bitray.models.losses import TeacherOutput, run_teacher
 class Teacher(Protocol):
     """Answers a batch with what the objectives compare the student to."""
 
-    def __call__(self, batch: Batch, layers: bool) -> TeacherOutput: ...
+    def __call__(
+        self, batch: Batch, layers: bool, attention: int | None = None
+    ) -> TeacherOutput: ...
 
 
 class InProcessTeacher:
@@ -23,6 +25,6 @@ class InProcessTeacher:
         assert not any(p.requires_grad for p in model.parameters()), "a teacher is frozen"
         self.model, self.autocast = model.eval(), autocast
 
-    def __call__(self, batch: Batch, layers: bool) -> TeacherOutput:
+    def __call__(self, batch: Batch, layers: bool, attention: int | None = None) -> TeacherOutput:
         with self.autocast:
-            return run_teacher(self.model, batch, layers)
+            return run_teacher(self.model, batch, layers, attention)
