@@ -11,6 +11,9 @@ _HOME = {
     "set_strength": "linear",
     "strength_of": "linear",
     "SubLN": "norm",
+    "LowRank": "correction",
+    "LowRankCorrection": "correction",
+    "rank_of": "correction",
 }
 __all__ = list(_HOME)
 

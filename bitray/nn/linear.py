@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from bitray.nn.correction import LowRankCorrection
 from bitray.nn.norm import SubLN
 from bitray.nn.quantize import (
     int8_per_token,
@@ -29,7 +30,8 @@ _VNNI = torch.cpu._is_vnni_supported() and torch.backends.mkldnn.is_available()
 
 
 class BitLinear(nn.Module):
-    """`y = Q(W) Qa(SubLN(x)) + b` with an fp32 master `weight` [out, in] (BitNet b1.58).
+    """`y = Q(W) Qa(SubLN(x)) + b` with an fp32 master `weight` [out, in] (BitNet b1.58), and where
+    it has a `correction` that of SubLN(x) added.
 
     `strength` s blends `W + s (Q(W) - W)`, the same for x: 0 is exactly the dense layer. It is a
     buffer so that a change of it does not recompile; it is set by `set_strength` alone. Output has
@@ -54,6 +56,7 @@ class BitLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.subln = SubLN(in_features, eps) if subln else None
+        self.correction: LowRankCorrection | None = None
         self.register_buffer("strength", torch.ones(()), persistent=False)
         self.full_strength = True
         self.reset_parameters()
@@ -90,8 +93,10 @@ class BitLinear(nn.Module):
         if self.subln is not None:
             x = self.subln(x)
         if self.full_strength:
-            return _Ternary.apply(x, self.weight, self.bias, dtype)
-        return _Blended.apply(x, self.weight, self.bias, self.strength.float(), dtype)
+            out = _Ternary.apply(x, self.weight, self.bias, dtype)
+        else:
+            out = _Blended.apply(x, self.weight, self.bias, self.strength.float(), dtype)
+        return out if self.correction is None else out + self.correction(x.to(dtype))
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"

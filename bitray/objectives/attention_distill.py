@@ -113,7 +113,10 @@ class AttentionDistill(AttentionObjective):
                 maps.backward(grad / heads)
         gradients = [None if x.grad is None else x.grad for x in states]
         return loss, [
-            *(None if g is None else g.to(x.dtype) for g, x in zip(gradients, student, strict=False)),
+            *(
+                None if g is None else g.to(x.dtype)
+                for g, x in zip(gradients, student, strict=False)
+            ),
             None,
         ]
 

@@ -195,7 +195,9 @@ class Loop:
             if objective.factor is None and name not in known:
                 pair = {key: 1 / max(counts.get(key, 0.0), 1.0) for key in (_MEASURE, name)}
                 set_strength(self.model, 1.0)
-                known[name] = objective.grad_ratio * _ratio(name, self._gradient_norms(passes, pair))
+                known[name] = objective.grad_ratio * _ratio(
+                    name, self._gradient_norms(passes, pair)
+                )
                 set_strength(self.model, self.position.strength)
             factors[name] = known[name] if objective.factor is None else objective.factor
         return {name: weight * factors[name] for name, weight in weights.items()}

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from bitray.data.settings import MixturePhase
+from bitray.nn import LowRank
 from bitray.objectives import Objectives
 from bitray.optim import AdamW, Optimizer, ZClip
 from bitray.schedules import DistillationSchedule, LearningRateSchedule, StrengthWarmup
@@ -128,6 +129,9 @@ class TrainingSettings(Settings):
     max_skipped_steps: int = Field(default=10, ge=1)
     """Stop after so many steps in a row with a gradient that is not finite."""
     lambda_warmup: StrengthWarmup = StrengthWarmup()
+
+    lrc: LowRank | None = None
+    """Low-rank corrections, which alone are trained then."""
 
     influence: InfluenceSettings = InfluenceSettings()
 

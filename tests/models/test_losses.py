@@ -273,9 +273,7 @@ def plain_attention(model: PreTrainedModel, teacher: PreTrainedModel, batch: Bat
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_attention_relations_of_a_layer(
-    model_type: str, checkpointing: bool, batch: Batch
-) -> None:
+def test_attention_relations_of_a_layer(model_type: str, checkpointing: bool, batch: Batch) -> None:
     """Together with the head's terms, for every family, recomputed in the backward or not."""
     model, wide = to_bitnet(make_model(model_type)), {"hidden_size": 96}
     wide = {} if model_type == "qwen3" else wide
