@@ -70,6 +70,7 @@ class LossModel(nn.Module):
         layer_terms: Sequence[Term] = (),
         teacher: TeacherOutput | None = None,
         sources: int = 0,
+        *,
         attention: Term | None = None,
     ) -> tuple[Float[Tensor, ""], Metrics]:
         """`sum_i scale_i * sum_i` with gradient, and detached sums `{term}/sum`, `{term}/{metric}`.

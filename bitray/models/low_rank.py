@@ -86,7 +86,7 @@ def init_corrections(
 
 @torch.no_grad()
 def svd_start(model: PreTrainedModel, original: Mapping[str, Tensor]) -> None:
-    """U V^T as the best approximation of W - Q(W) of its rank, the singular values split on both."""
+    """U V^T as the best approximation of W - Q(W) of its rank, singular values split on both."""
     for name, layer in corrected_layers(model).items():
         assert layer.correction is not None
         rank, quantized = layer.correction.u.shape[1], _quantized(layer)

@@ -36,8 +36,8 @@ def rank_of(rank: float | int, in_features: int, out_features: int) -> int:
     smaller = min(in_features, out_features)
     if rank > smaller:
         raise UserError(
-            f"lrc.rank: {rank:g} is larger than the smaller side of a layer of {in_features} inputs "
-            f"and {out_features} outputs; take at most {smaller}, or a share such as 0.1"
+            f"lrc.rank: {rank:g} is larger than the smaller side of a layer of {in_features} "
+            f"inputs and {out_features} outputs; take at most {smaller}, or a share such as 0.1"
         )
     return max(1, int(rank * smaller)) if rank < 1 else int(rank)
 

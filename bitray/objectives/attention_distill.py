@@ -98,37 +98,28 @@ class AttentionDistill(AttentionObjective):
                 "attention_distill.relations: probabilities needs a teacher whose attention is as "
                 "wide as the student's; take qkv"
             )
-        states = [x.detach().float().requires_grad_(wanted) for x in student[:2]]
-        heads = student[0].shape[-1] * key_heads // student[1].shape[-1]
-        loss = torch.zeros((), device=batch.real.device)
+        q, k = (x.detach().float().requires_grad_(wanted) for x in student[:2])
+        q_t, k_t = (x.detach().float() for x in teacher[:2])
+        heads = q.shape[-1] * key_heads // k.shape[-1]
+        loss = torch.zeros((), device=q.device)
         for head in range(heads):
             with torch.set_grad_enabled(wanted):
-                maps = _attention(*states, head, heads, key_heads, batch)
-            with torch.no_grad():
-                told = [x.float() for x in teacher[:2]]
-                target = _attention(*told, head, heads, key_heads, batch)
+                maps = _attention(q, k, head, key_heads, batch)
+            target = _attention(q_t, k_t, head, key_heads, batch)
             value, grad = relation_loss(maps.detach(), target, batch, wanted)
             loss += value / heads
             if grad is not None:
                 maps.backward(grad / heads)
-        gradients = [None if x.grad is None else x.grad for x in states]
-        return loss, [
-            *(
-                None if g is None else g.to(x.dtype)
-                for g, x in zip(gradients, student, strict=False)
-            ),
-            None,
-        ]
+        found = [None if x.grad is None else x.grad.to(student[0].dtype) for x in (q, k)]
+        return loss, [*found, None]
 
 
-def _attention(
-    queries: States, keys: States, head: int, heads: int, key_heads: int, batch: Batch
-) -> Split:
+def _attention(queries: States, keys: States, head: int, key_heads: int, batch: Batch) -> Split:
     """The map of one head, in which it alone is whole."""
+    heads = queries.shape[-1] * key_heads // keys.shape[-1]
     query = _split(queries, heads)[:, head, None]
     key = _split(keys, key_heads)[:, head * key_heads // heads, None]
-    everything = slice(0, query.shape[2])
-    seen = _visible(batch, everything)
+    seen = _visible(batch, slice(0, query.shape[2]))
     return softmax(_logits(query, key, seen), -1) * seen
 
 

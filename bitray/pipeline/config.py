@@ -340,14 +340,12 @@ def _stage_problems(name: str, stage: StageSettings) -> list[str]:
     if stage.dense and stage.objectives.needs_teacher:
         found.append(f"{where}: a dense stage has no teacher, but its objectives need one")
     attention = stage.objectives.attention_distill
-    if attention and {"attention_distill", "continue_pretrain"} & {*active} == {
-        "attention_distill"
-    }:
-        if attention.factor is None:
-            found.append(
-                f"{where}.objectives.attention_distill.gamma: auto is measured by the gradient of "
-                "continue_pretrain, which is off; give a number, or continue_pretrain a weight"
-            )
+    measured = "attention_distill" in active and attention and attention.factor is None
+    if measured and "continue_pretrain" not in active:
+        found.append(
+            f"{where}.objectives.attention_distill.gamma: auto is measured by the gradient of "
+            "continue_pretrain, which is off; give a number, or continue_pretrain a weight"
+        )
     if stage.lrc and stage.dense:
         found.append(f"{where}.lrc: a dense stage has no ternary layer to correct")
     warmup = stage.lambda_warmup

@@ -242,8 +242,8 @@ class Loop:
             output = self.teacher(each.clean, bool(terms["layer"]), layer)
         sources = len(self.sources) if "continue_pretrain" in each.names else 0
         with self.autocast:
-            arguments = (terms["head"], terms["layer"], output, sources, attention)
-            return self.model(each.view, *arguments)
+            arguments = (terms["head"], terms["layer"], output, sources)
+            return self.model(each.view, *arguments, attention=attention)
 
     def _update(self) -> None:
         """Clip and step; a gradient that is not finite is counted and leaves everything alone."""

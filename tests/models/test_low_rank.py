@@ -115,7 +115,7 @@ def test_a_start_that_raises_the_loss_is_dropped(dense: PreTrainedModel) -> None
 
 
 def test_the_closed_form_reconstructs_outputs_better_than_the_svd(dense: PreTrainedModel) -> None:
-    """Layer by layer on the calibration set: `|W x - Q(W) Qa(x) - U V^T x|^2`, from what arrives."""
+    """Layer by layer on the calibration set: `|W x - Q(W) Qa(x) - U V^T x|^2`."""
     batch, weights, errors = rows(1, 64), dense.state_dict(), {}
     for kind in ("svd", "closed_form", "none"):
         model = rounded(dense)
@@ -138,7 +138,7 @@ def test_the_closed_form_reconstructs_outputs_better_than_the_svd(dense: PreTrai
 
 
 def test_reduced_rank_regression_has_no_better_solution() -> None:
-    """Against NumPy: the projection of the ordinary solution's outputs, and random moves from it."""
+    """Against NumPy: the ordinary solution's outputs, projected on their leading directions."""
     draw = np.random.default_rng(0)
     x, y = draw.normal(size=(200, 12)) @ draw.normal(size=(12, 12)), draw.normal(size=(200, 9))
     y += x @ draw.normal(size=(12, 9))

@@ -78,7 +78,7 @@ def test_relation_heads_are_chosen_or_given() -> None:
         batch(), student, teacher, HEADS, QKV
     )
     torch.testing.assert_close(total.double(), naive(student, teacher, 4), rtol=1e-5, atol=0)
-    with pytest.raises(UserError, match="8 does not divide the 12 numbers .* a divisor of 4"):
+    with pytest.raises(UserError, match=r"8 does not divide the 12 numbers .* a divisor of 4"):
         AttentionDistill(relation_heads=8).on_projections(batch(), student, teacher, HEADS, QKV)
 
 

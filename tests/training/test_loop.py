@@ -222,9 +222,9 @@ def test_gamma_makes_the_attention_gradient_a_tenth_of_the_cross_entropys(tmp_pa
         first = [b for _, b in zip(range(2), (batch(n) for n in range(2)), strict=True)]
         for b in first:
             told = run.teacher(b, False, -1)
-            terms = ([], [], told, 0, term) if name == "attention_distill" else ([term],)
+            head, attention = ([], term) if name == "attention_distill" else ([term], None)
             scale = 1 / sum(int(objective.count(each)) for each in first)
-            (run.model(b, *terms)[0] * scale).backward()
+            (run.model(b, head, [], told, attention=attention)[0] * scale).backward()
         found[name] = norm(run)
         run.model.zero_grad()
     run.run(tickets())
