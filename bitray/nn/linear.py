@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from bitray.nn.correction import LowRankCorrection
+from bitray.nn.fp8 import TernaryFP8
 from bitray.nn.norm import SubLN
 from bitray.nn.quantize import (
     int8_per_token,
@@ -59,6 +60,8 @@ class BitLinear(nn.Module):
         self.correction: LowRankCorrection | None = None
         self.register_buffer("strength", torch.ones(()), persistent=False)
         self.full_strength = True
+        self.fp8: torch.dtype | None = None
+        """Train at full strength by the approximate product in 8-bit floats, rounded to this."""
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -92,7 +95,9 @@ class BitLinear(nn.Module):
         dtype = compute_dtype(x)
         if self.subln is not None:
             x = self.subln(x)
-        if self.full_strength:
+        if self.full_strength and self.fp8 is not None and self.training:
+            out = TernaryFP8.apply(x, self.weight, self.bias, dtype, self.fp8)
+        elif self.full_strength:
             out = _Ternary.apply(x, self.weight, self.bias, dtype)
         else:
             out = _Blended.apply(x, self.weight, self.bias, self.strength.float(), dtype)

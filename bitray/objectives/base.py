@@ -31,6 +31,8 @@ class Objective(Settings):
     """`head`: compares logits. `layer`: compares the outputs of decoder layers. `attention`: those
     of one layer's query, key and value projections."""
     needs_teacher: ClassVar[bool] = False
+    takes_top_k: ClassVar[bool] = False
+    """Whether a teacher's likeliest tokens are enough, which is all that a remote one sends."""
 
     weight: Weight = 0.0
 

@@ -12,6 +12,7 @@ from bitray.objectives import Objectives
 from bitray.optim import AdamW, Optimizer, ZClip
 from bitray.schedules import DistillationSchedule, LearningRateSchedule, StrengthWarmup
 from bitray.settings import Settings
+from bitray.training.fp8 import FP8
 
 
 class Packing(Settings):
@@ -140,6 +141,7 @@ class TrainingSettings(Settings):
     tf32: bool = True
     activation_checkpointing: bool = False
     torch_compile: TorchCompile = TorchCompile()
+    fp8: FP8 = FP8()
     logits_chunk: int | None = Field(default=None, ge=1)
     """Tokens whose logits exist at a time; None: 256 on CPUs, 2048 on GPUs."""
 

@@ -76,7 +76,8 @@ def test_coefficients_of_bitdistill(
         logits, attention = found.logits_distill, found.attention_distill
         assert logits is not None and attention is not None
         assert (logits.weight, logits.temperature, attention.gamma) == coefficients
-        assert each.stages["stage2"] == Config.load(overrides=["pipeline=full"]).stages["stage2"]
+        other = each.stages["stage2"].objectives.logits_distill
+        assert other is not None and other.weight == 0.5 and other.temperature in (2.0, 4.0)
     again = config.override({"distillation.lambda_logits": 9.0}).stages["stage3"].objectives
     assert again.logits_distill is not None and again.logits_distill.weight == 9.0
 
@@ -116,6 +117,23 @@ def test_tokens_become_steps() -> None:
          r"export: no engine computes the low-rank corrections of stage lrc"),
         (["stages.stage0.lrc.rank=4", "export.gguf=[]", "export.huggingface=false"],
          r"stage0\.lrc: a dense stage has no ternary layer to correct"),
+        (["model.teacher=x/y"], r"model\.teacher: .* say model\.teacher\.path=x/y"),
+        (["model.teacher.type=actor"], r"model\.teacher.*nearest: 'actors'"),
+        (["model.teacher.type=server"], r"model\.teacher\.url"),
+        (["model.teacher.type=server", "model.teacher.url=host:80"],
+         r"model\.teacher\.url: .*'host:80' is no address of a server; say http://"),
+        (["model.teacher.type=actors"],
+         r"stages\.stage1_9\.objectives\.hidden_distill: compares more than the likeliest tokens"),
+        (["model.teacher.type=server", "model.teacher.url=http://host:80/v1",
+          "stages.stage1_9.objectives.hidden_distill.weight=0",
+          "stages.stage1_9.lm_loss_weight=null",
+          "stages.stage1_9.objectives.logits_distill.temperature=1"],
+         r"stages\.stage2\.objectives\.logits_distill\.temperature: 2, but a server tells"),
+        (["model.teacher.type=actors", "model.teacher.top_k=8",
+          "stages.stage1_9.objectives.hidden_distill.weight=0",
+          "stages.stage2.objectives.logits_distill.top_k=9"],
+         r"stages\.stage2\.objectives\.logits_distill\.top_k: 9 is more than the 8 tokens"),
+        (["training.fp8.recipe=tensorwise"], r"training\.fp8\.recipe"),
         (["export.gguf=[i3_s]"], r"'i3_s' is not one of .*nearest: 'i2_s'"),
     ],
 )  # fmt: skip
