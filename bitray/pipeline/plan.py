@@ -13,8 +13,7 @@ from bitray.data.job import inputs_of
 from bitray.data.tokenizer import check_vocabulary, tokenizer_identity
 from bitray.export import can_export
 from bitray.models.convert import to_bitnet
-from bitray.models.families import attention_projections
-from bitray.models.families import decoder_layers
+from bitray.models.families import attention_projections, decoder_layers
 from bitray.models.loading import (
     build_model,
     check_weights,
