@@ -54,6 +54,11 @@ class Batch:
         sources = torch.as_tensor(list(source_id), dtype=torch.int64)
         return cls(ids, labels, torch.from_numpy(positions), sources, torch.from_numpy(real))
 
+    @property
+    def documents(self) -> Int[Tensor, "batch length"]:
+        """The number, from 1, of each token's document in its row; 0 for padding."""
+        return (self.position_ids == 0).cumsum(1) * self.real
+
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
         return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))

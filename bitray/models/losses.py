@@ -155,10 +155,11 @@ class LossModel(nn.Module):
     ) -> Tensor:
         """The objective on what the projections of one layer put out."""
         assert teacher.projections is not None, "attention terms need a teacher's projections"
-        targets, heads = teacher.projections, self.model.config.num_key_value_heads
+        targets, documents = teacher.projections, batch.documents
+        heads = self.model.config.num_key_value_heads
 
         def work(*states: Tensor, wanted: Sequence[bool]) -> Differentiated:
-            total, slopes = term.objective.on_projections(batch, states, targets, heads, wanted)
+            total, slopes = term.objective.on_projections(documents, states, targets, heads, wanted)
             loss = _add_up(term, (total, {}), metrics)
             return loss, [None if slope is None else slope * term.scale for slope in slopes]
 

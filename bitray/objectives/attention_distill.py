@@ -6,17 +6,17 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import log_softmax, softmax
 
-from bitray.models.batch import Batch
 from bitray.objectives.base import AttentionObjective, Gradients, Weight
 from bitray.objectives.logits_distill import kl_divergence
 from bitray.settings import UserError
 
 States = Float[Tensor, "batch length _"]
+Documents = Int[Tensor, "batch length"]
 Split = Float[Tensor, "batch heads length _"]
 
 HIDDEN = -1e30
@@ -51,22 +51,22 @@ class AttentionDistill(AttentionObjective):
 
     def on_projections(
         self,
-        batch: Batch,
+        documents: Documents,
         student: Sequence[States],
         teacher: Sequence[States],
         key_heads: int,
         wanted: Sequence[bool],
     ) -> tuple[Float[Tensor, ""], Gradients]:
         """Sum over real tokens, and its gradients, exactly 0 for identical states; in fp32."""
-        with torch.autocast(batch.real.device.type, enabled=False), torch.no_grad():
+        with torch.autocast(documents.device.type, enabled=False), torch.no_grad():
             if self.relations == "probabilities":
-                return self._of_probabilities(batch, student, teacher, key_heads, any(wanted))
+                return self._of_probabilities(documents, student, teacher, key_heads, any(wanted))
             heads = self.heads_for(key_heads, [x.shape[-1] for x in (*student, *teacher)])
             share = 1 / (heads * len(student))
-            loss, gradients = torch.zeros((), device=batch.real.device), []  # type: Tensor, Gradients
+            loss, gradients = torch.zeros((), device=documents.device), []  # type: Tensor, Gradients
             for ours, theirs, each in zip(student, teacher, wanted, strict=True):
                 states, target = _split(ours.float(), heads), _split(theirs.float(), heads)
-                value, grad = relation_loss(states, target, batch, each)
+                value, grad = relation_loss(states, target, documents, each)
                 loss += value * share
                 if grad is not None:
                     grad = (grad * share).transpose(1, 2).flatten(2).to(ours.dtype)
@@ -86,7 +86,7 @@ class AttentionDistill(AttentionObjective):
 
     def _of_probabilities(
         self,
-        batch: Batch,
+        documents: Documents,
         student: Sequence[States],
         teacher: Sequence[States],
         key_heads: int,
@@ -104,9 +104,9 @@ class AttentionDistill(AttentionObjective):
         loss = torch.zeros((), device=q.device)
         for head in range(heads):
             with torch.set_grad_enabled(wanted):
-                maps = _attention(q, k, head, key_heads, batch)
-            target = _attention(q_t, k_t, head, key_heads, batch)
-            value, grad = relation_loss(maps.detach(), target, batch, wanted)
+                maps = _attention(q, k, head, key_heads, documents)
+            target = _attention(q_t, k_t, head, key_heads, documents)
+            value, grad = relation_loss(maps.detach(), target, documents, wanted)
             loss += value / heads
             if grad is not None:
                 maps.backward(grad / heads)
@@ -114,24 +114,26 @@ class AttentionDistill(AttentionObjective):
         return loss, [*found, None]
 
 
-def _attention(queries: States, keys: States, head: int, key_heads: int, batch: Batch) -> Split:
+def _attention(
+    queries: States, keys: States, head: int, key_heads: int, documents: Documents
+) -> Split:
     """The map of one head, in which it alone is whole."""
     heads = queries.shape[-1] * key_heads // keys.shape[-1]
     query = _split(queries, heads)[:, head, None]
     key = _split(keys, key_heads)[:, head * key_heads // heads, None]
-    seen = _visible(batch, slice(0, query.shape[2]))
+    seen = _visible(documents, slice(0, query.shape[2]))
     return softmax(_logits(query, key, seen), -1) * seen
 
 
 def relation_loss(
-    student: Split, teacher: Split, batch: Batch, wanted: bool
+    student: Split, teacher: Split, documents: Documents, wanted: bool
 ) -> tuple[Float[Tensor, ""], Split | None]:
     """Sum over heads and real tokens of the relations' KL, and its gradient in the student."""
     grad = torch.zeros_like(student) if wanted else None
     loss = torch.zeros((), device=student.device)
     for rows in _tiles(student):
         keys = slice(0, rows.stop)  # what comes after the last row is seen by none of them
-        seen = _visible(batch, rows)
+        seen = _visible(documents, rows)
         target = log_softmax(_logits(teacher[:, :, rows], teacher[:, :, keys], seen), -1)
         logits = _logits(student[:, :, rows], student[:, :, keys], seen).requires_grad_(wanted)
         with torch.set_grad_enabled(wanted):
@@ -153,13 +155,12 @@ def _logits(
     return (rows @ keys.mT * rows.shape[-1] ** -0.5).masked_fill(~seen, HIDDEN)
 
 
-def _visible(batch: Batch, rows: slice) -> Bool[Tensor, "batch 1 rows keys"]:
+def _visible(documents: Documents, rows: slice) -> Bool[Tensor, "batch 1 rows keys"]:
     """Which keys up to the last row are of a row's own document and not after it. Padding sees
     nothing, which makes its relations uniform, so it adds nothing to the loss."""
-    document = (batch.position_ids == 0).cumsum(1)
-    places = torch.arange(rows.stop, device=document.device)
-    same = document[:, rows, None] == document[:, None, : rows.stop]
-    seen = same & (places[rows, None] >= places) & batch.real[:, rows, None]
+    places = torch.arange(rows.stop, device=documents.device)
+    own = documents[:, rows, None]
+    seen = (own == documents[:, None, : rows.stop]) & (own > 0) & (places[rows, None] >= places)
     return seen[:, None]
 
 

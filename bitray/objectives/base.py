@@ -111,11 +111,14 @@ class AttentionObjective(Objective):
 
     def on_projections(
         self,
-        batch: Batch,
+        documents: Int[Tensor, "batch length"],
         student: Sequence[Float[Tensor, "batch length _"]],
         teacher: Sequence[Float[Tensor, "batch length _"]],
         key_heads: int,
         wanted: Sequence[bool],
     ) -> tuple[Float[Tensor, ""], Gradients]:
-        """Sum over tokens, detached, and its gradients in those of the student that are wanted."""
+        """Sum over tokens, detached, and its gradients in those of the student that are wanted.
+
+        `documents` number the tokens' documents in their row; 0 is padding.
+        """
         raise NotImplementedError

@@ -16,9 +16,17 @@ WIDTHS, HEADS = (24, 12, 12), 2
 QKV = (True, True, True)
 
 
-def batch(width: int = 9) -> Batch:
-    ids = torch.arange(len(ROWS) * width).reshape(len(ROWS), width).numpy()
-    return Batch.from_rows(ids, ROWS, [0] * len(ROWS))
+def documents(width: int = 9) -> Tensor:
+    ids = torch.zeros(len(ROWS), width, dtype=torch.int64).numpy()
+    return Batch.from_rows(ids, ROWS, [0] * len(ROWS)).documents
+
+
+DOCUMENTS = documents()
+
+
+def test_documents_are_numbered() -> None:
+    assert DOCUMENTS[0].tolist() == [1, 1, 1, 1, 1, 2, 2, 2, 0]
+    assert DOCUMENTS[2].tolist() == [1, 1, 2, 3, 3, 3, 3, 0, 0] and not DOCUMENTS[3].any()
 
 
 def states(seed: int, widths: tuple[int, ...] = WIDTHS, dtype: torch.dtype = torch.float32) -> list:
@@ -63,7 +71,7 @@ def test_value_and_gradient_are_those_of_the_definition(
     """Whatever the tile, and for a teacher with other widths than the student."""
     monkeypatch.setattr(attention_distill, "TILE", tile)
     student, teacher = states(0), states(1, teacher_widths)
-    total, slopes = AttentionDistill().on_projections(batch(), student, teacher, HEADS, QKV)
+    total, slopes = AttentionDistill().on_projections(DOCUMENTS, student, teacher, HEADS, QKV)
     own = [x.clone().requires_grad_() for x in student]
     expected = naive(own, teacher, HEADS)
     torch.testing.assert_close(total.double(), expected.detach(), rtol=1e-5, atol=0)
@@ -75,34 +83,34 @@ def test_relation_heads_are_chosen_or_given() -> None:
     student, teacher = states(0), states(1, (32, 16, 16))
     assert AttentionDistill().heads_for(3, [24, 12, 12, 32, 16, 16]) == 1
     total, _ = AttentionDistill(relation_heads=4).on_projections(
-        batch(), student, teacher, HEADS, QKV
+        DOCUMENTS, student, teacher, HEADS, QKV
     )
     torch.testing.assert_close(total.double(), naive(student, teacher, 4), rtol=1e-5, atol=0)
     with pytest.raises(UserError, match=r"8 does not divide the 12 numbers .* a divisor of 4"):
-        AttentionDistill(relation_heads=8).on_projections(batch(), student, teacher, HEADS, QKV)
+        AttentionDistill(relation_heads=8).on_projections(DOCUMENTS, student, teacher, HEADS, QKV)
 
 
 @pytest.mark.parametrize("relations", ["qkv", "probabilities"])
 def test_identical_states_have_nothing_to_learn(relations: str) -> None:
     objective = AttentionDistill(relations=relations)
-    total, slopes = objective.on_projections(batch(), states(0), states(0), HEADS, QKV)
+    total, slopes = objective.on_projections(DOCUMENTS, states(0), states(0), HEADS, QKV)
     assert total == 0
     assert all(slope is None or slope.abs().max() < 1e-6 for slope in slopes)
 
 
 def test_padding_and_other_documents_change_nothing() -> None:
     student, teacher = states(0), states(1)
-    before, slopes = AttentionDistill().on_projections(batch(), student, teacher, HEADS, QKV)
-    assert all(slope[~batch().real].eq(0).all() for slope in slopes if slope is not None)
+    before, slopes = AttentionDistill().on_projections(DOCUMENTS, student, teacher, HEADS, QKV)
+    assert all(slope[~(DOCUMENTS > 0)].eq(0).all() for slope in slopes if slope is not None)
     for x in student:
-        x[~batch().real] = 100.0
-    assert AttentionDistill().on_projections(batch(), student, teacher, HEADS, QKV)[0] == before
+        x[~(DOCUMENTS > 0)] = 100.0
+    assert AttentionDistill().on_projections(DOCUMENTS, student, teacher, HEADS, QKV)[0] == before
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-20, 1e4])
 def test_extreme_states_are_finite(size: float) -> None:
     student, teacher = ([size * x for x in states(seed)] for seed in (0, 1))
-    total, slopes = AttentionDistill().on_projections(batch(), student, teacher, HEADS, QKV)
+    total, slopes = AttentionDistill().on_projections(DOCUMENTS, student, teacher, HEADS, QKV)
     assert total.isfinite() and total >= 0
     assert all(slope is not None and slope.isfinite().all() for slope in slopes)
 
@@ -118,7 +126,7 @@ def test_no_relation_is_ever_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         return found
 
     monkeypatch.setattr(attention_distill, "_logits", watched)
-    AttentionDistill().on_projections(batch(), states(0), states(1), HEADS, QKV)
+    AttentionDistill().on_projections(DOCUMENTS, states(0), states(1), HEADS, QKV)
     assert max(seen) == 2
 
 
@@ -149,11 +157,11 @@ def test_maps_of_probabilities_are_those_of_the_definition() -> None:
                 for q, k in (own[:2], teacher[:2])
             ]
             expected = expected + divergence(*pair) / 4
-    total, slopes = objective.on_projections(batch(), student, teacher, HEADS, QKV)
+    total, slopes = objective.on_projections(DOCUMENTS, student, teacher, HEADS, QKV)
     torch.testing.assert_close(total.double(), expected.detach(), rtol=1e-3, atol=1e-6)
     wanted = torch.autograd.grad(expected, own[:2])
     torch.testing.assert_close(slopes[:2], list(wanted), rtol=1e-3, atol=1e-5)
-    related = AttentionDistill().on_projections(batch(), student, teacher, HEADS, QKV)[0]
+    related = AttentionDistill().on_projections(DOCUMENTS, student, teacher, HEADS, QKV)[0]
     assert total < related / 50
     with pytest.raises(UserError, match="probabilities needs a teacher"):
-        objective.on_projections(batch(), student, states(1, (32, 16, 16)), HEADS, QKV)
+        objective.on_projections(DOCUMENTS, student, states(1, (32, 16, 16)), HEADS, QKV)

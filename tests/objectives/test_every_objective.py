@@ -63,10 +63,9 @@ class _Projections(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, objective: Any, student: Tensor, teacher: Tensor) -> Tensor:
         tokens = student.shape[1]
-        ids = torch.zeros(1, tokens, dtype=torch.int64).numpy()
-        batch = Batch.from_rows(ids, [[tokens]], [0])
+        document = torch.ones(1, tokens, dtype=torch.int64)
         states = [[x[None] for x in each.detach()] for each in (student, teacher)]
-        total, slopes = objective.on_projections(batch, *states, 2, (True,) * 3)
+        total, slopes = objective.on_projections(document, *states, 2, (True,) * 3)
         ctx.slopes = torch.cat(slopes)
         return total
 
