@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -238,7 +238,7 @@ class Loop:
 
     def _forward(
         self, each: Pass, scales: dict[str, float]
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
         terms = {"head": [], "layer": [], "attention": []}  # type: dict[str, list[Term]]
         needs_teacher = False
         for name in each.names:

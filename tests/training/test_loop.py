@@ -246,6 +246,10 @@ def test_gamma_makes_the_attention_gradient_a_tenth_of_the_cross_entropys(tmp_pa
     assert kept.values == [pytest.approx(expected, rel=1e-5)] * 3
     held = json.loads(json.dumps(state.as_json(run.position, None)))
     assert Position.from_json(held["position"]).factors == {"attention_distill": kept.values[0]}
+    rest = distilled([kept], max_steps=5)
+    rest.position = Position.from_json(held["position"])
+    rest.run(tickets(40))  # other rows, the same gamma
+    assert kept.values == [kept.values[0]] * 5
 
 
 def test_gradient_norms_are_logged_and_leave_no_trace() -> None:
