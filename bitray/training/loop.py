@@ -236,9 +236,7 @@ class Loop:
         for key, value in metrics.items():
             self.window.sums[key] += value.double()
 
-    def _forward(
-        self, each: Pass, scales: dict[str, float]
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
+    def _forward(self, each: Pass, scales: dict[str, float]) -> tuple[torch.Tensor, dict[str, Any]]:
         terms = {"head": [], "layer": [], "attention": []}  # type: dict[str, list[Term]]
         needs_teacher = False
         for name in each.names:
