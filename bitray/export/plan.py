@@ -114,6 +114,11 @@ def check_ternary(model: nn.Module) -> None:
     layers = bit_linears(model)
     if not layers:
         raise UserError("export: the model has no ternary layer; convert it with to_bitnet first")
+    if any(layer.correction is not None for layer in layers):
+        raise UserError(
+            "export: the model has low-rank corrections, which neither llama.cpp nor transformers "
+            "computes beside ternary weights; export the checkpoint of the stage before lrc"
+        )
     lowest = min(float(layer.strength) for layer in layers)
     if lowest < 1:
         raise UserError(

@@ -11,6 +11,8 @@ _HOME = {
     "family_of": "families",
     "to_bitnet": "convert",
     "is_bitnet": "convert",
+    "add_corrections": "low_rank",
+    "init_corrections": "low_rank",
     "build_model": "loading",
     "load_model": "loading",
     "load_teacher": "loading",

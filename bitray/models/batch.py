@@ -56,6 +56,11 @@ class Batch:
         return cls(ids, labels, torch.from_numpy(positions), sources, torch.from_numpy(real))
 
     @property
+    def documents(self) -> Int[Tensor, "batch length"]:
+        """The number, from 1, of each token's document in its row; 0 for padding."""
+        return (self.position_ids == 0).cumsum(1) * self.real
+
+    @property
     def clean(self) -> slice | None:
         """Columns that are the rows as they are, attended causally; None: a view has none."""
         return slice(0, self.input_ids.shape[1])

@@ -21,6 +21,7 @@ PROJECTIONS = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
+QKV = ("q_proj", "k_proj", "v_proj")
 PAPER_SUBLN = ("self_attn.o_proj", "mlp.down_proj")
 """BitDistill (arXiv 2510.13998): before the output projections of attention and MLP."""
 
@@ -109,6 +110,19 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     layers = model.get_submodule(family_of(model).layers)
     assert isinstance(layers, nn.ModuleList)
     return layers
+
+
+def attention_projections(model: nn.Module, layer: int) -> list[nn.Module]:
+    """The query, key and value projections of a decoder layer, in the order in which they run;
+    negative numbers count from the last layer."""
+    layers = decoder_layers(model)
+    if not -len(layers) <= layer < len(layers):
+        raise UserError(
+            f"layer {layer}: there are {len(layers)} decoder layers, 0 to {len(layers) - 1}; -1 is "
+            "the last one"
+        )
+    paths = [path for path in family_of(model).projections if path.endswith(QKV)]
+    return [layers[layer].get_submodule(path) for path in paths]
 
 
 def norm_eps(config: PretrainedConfig) -> float:

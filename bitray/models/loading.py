@@ -31,6 +31,7 @@ from transformers.initialization import no_init_weights
 from bitray import checkpoint, storage
 from bitray.models.convert import to_bitnet
 from bitray.models.families import family_of
+from bitray.models.low_rank import add_corrections
 from bitray.nn import bit_linears, set_strength
 from bitray.settings import UserError, nearest
 
@@ -81,6 +82,8 @@ def skeleton(files_dir: str | Path) -> PreTrainedModel:
         ours = getattr(config, "bitray", None)
         if ours is not None:
             to_bitnet(model, subln=ours.get("subln"))
+            if "lrc_rank" in ours:
+                add_corrections(model, ours["lrc_rank"])
     model.tie_weights()  # a part of the initialisation that was left out
     return model
 

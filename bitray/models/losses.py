@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from bitray.models.batch import IGNORED, Batch
-from bitray.models.families import decoder_layers
+from bitray.models.families import attention_projections, decoder_layers
 from bitray.models.logits import log_softmax, shared_log_softmax
 from bitray.models.mask_token import mask_token_id
 from bitray.models.packed import last_hidden, packed_inputs
@@ -44,6 +44,8 @@ class TeacherOutput:
     head: Float[Tensor, "vocab hidden"]
     layers: list[Float[Tensor, "batch length hidden"]] | None = None
     """Output of every decoder layer; emptied by the loss that uses them."""
+    projections: list[Float[Tensor, "batch length _"]] | None = None
+    """Queries, keys and values of one layer, as the projections put them out."""
 
 
 NEVER = -1e30
@@ -72,6 +74,8 @@ class LossModel(nn.Module):
         layer_terms: Sequence[Term] = (),
         teacher: TeacherOutput | TopK | None = None,
         sources: int = 0,
+        *,
+        attention: Term | None = None,
     ) -> tuple[Float[Tensor, ""], Metrics]:
         """`sum_i scale_i * sum_i` with gradient, and detached sums `{term}/sum`, `{term}/{metric}`.
 
@@ -80,7 +84,8 @@ class LossModel(nn.Module):
         any label runs like any other, so that collectives match: its loss and gradients are zeros.
         """
         layers = decoder_layers(self.model) if layer_terms else ()
-        with capturing(layers) as outputs:
+        watched = attention_projections(self.model, attention.objective.layer) if attention else ()
+        with capturing(layers) as outputs, capturing(watched) as projected:
             hidden = last_hidden(self.model, batch)
         metrics: Metrics = defaultdict(lambda: hidden.new_zeros((), dtype=torch.float32))
         if sources:
@@ -92,6 +97,9 @@ class LossModel(nn.Module):
         if layer_terms:
             assert isinstance(teacher, TeacherOutput), "layer terms need a teacher"
             loss = loss + self._layer_loss(outputs, batch, layer_terms, teacher, metrics)
+        if attention is not None:
+            assert isinstance(teacher, TeacherOutput), "attention terms need a teacher"
+            loss = loss + self._attention_loss(projected, batch, attention, teacher, metrics)
         return loss, dict(metrics)
 
     def _head_loss(
@@ -146,20 +154,44 @@ class LossModel(nn.Module):
             loss = loss + differentiated(chunks, states)
         return loss
 
+    def _attention_loss(
+        self,
+        projected: list[Tensor],
+        batch: Batch,
+        term: Term,
+        teacher: TeacherOutput,
+        metrics: Metrics,
+    ) -> Tensor:
+        """The objective on what the projections of one layer put out."""
+        assert teacher.projections is not None, "attention terms need a teacher's projections"
+        targets, documents = teacher.projections, batch.documents
+        heads = self.model.config.num_key_value_heads
+
+        def work(*states: Tensor, wanted: Sequence[bool]) -> Differentiated:
+            total, slopes = term.objective.on_projections(documents, states, targets, heads, wanted)
+            loss = _add_up(term, (total, {}), metrics)
+            return loss, [None if slope is None else slope * term.scale for slope in slopes]
+
+        return differentiated(work, *projected)
+
     def _chunk(self, hidden: Tensor) -> int:
         return self.chunk_tokens or (256 if hidden.device.type == "cpu" else 2048)
 
 
-def run_teacher(model: PreTrainedModel, batch: Batch, layers: bool) -> TeacherOutput:
-    """What the loss needs of a teacher (`layers`: of its decoder layers too), without gradients."""
+def run_teacher(
+    model: PreTrainedModel, batch: Batch, layers: bool, attention: int | None = None
+) -> TeacherOutput:
+    """What the loss needs of a teacher (`layers`: of its decoder layers too, `attention`: of the
+    projections of that layer), without gradients."""
     wanted = [model.base_model, *(decoder_layers(model) if layers else ())]
-    with torch.no_grad(), capturing(wanted) as outputs:
+    watched = () if attention is None else attention_projections(model, attention)
+    with torch.no_grad(), capturing(wanted) as outputs, capturing(watched) as projected:
         # The model's own forward, so that it may be an FSDP unit; it makes one row of logits.
         model(**packed_inputs(batch), logits_to_keep=1)
     hidden = outputs.pop().last_hidden_state  # the base model is the last to finish
     head = model.get_output_embeddings().weight.detach()
     head = head.full_tensor() if isinstance(head, DTensor) else head
-    return TeacherOutput(hidden, head, outputs if layers else None)
+    return TeacherOutput(hidden, head, outputs if layers else None, projected or None)
 
 
 @contextmanager

@@ -13,6 +13,9 @@ _HOME = {
     "SubLN": "norm",
     "set_saliency": "curricula",
     "set_sparsity": "curricula",
+    "LowRank": "correction",
+    "LowRankCorrection": "correction",
+    "rank_of": "correction",
 }
 __all__ = list(_HOME)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from bitray.nn.correction import LowRankCorrection
 from bitray.nn.fp8 import TernaryFP8
 from bitray.nn.norm import SubLN
 from bitray.nn.quantize import (
@@ -31,7 +32,8 @@ _VNNI = torch.cpu._is_vnni_supported() and torch.backends.mkldnn.is_available()
 
 
 class BitLinear(nn.Module):
-    """`y = Q(W) Qa(SubLN(x)) + b` with an fp32 master `weight` [out, in] (BitNet b1.58).
+    """`y = Q(W) Qa(SubLN(x)) + b` with an fp32 master `weight` [out, in] (BitNet b1.58), and where
+    it has a `correction` that of SubLN(x) added.
 
     `strength` s blends `W + s (Q(W) - W)`, the same for x: 0 is exactly the dense layer. It is a
     buffer so that a change of it does not recompile; it is set by `set_strength` alone. Output has
@@ -59,6 +61,7 @@ class BitLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.subln = SubLN(in_features, eps) if subln else None
+        self.correction: LowRankCorrection | None = None
         self.register_buffer("strength", torch.ones(()), persistent=False)
         self.full_strength = True
         self.fp8: torch.dtype | None = None
@@ -101,6 +104,11 @@ class BitLinear(nn.Module):
         dtype = compute_dtype(x)
         if self.subln is not None:
             x = self.subln(x)
+        out = self._product(x, dtype)
+        return out if self.correction is None else out + self.correction(x.to(dtype))
+
+    def _product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the ternary layer makes of its (normalised) input."""
         if self.training and self.kept is not None:
             x = sparse(x, self.kept, self.block)
         salient = self.salient if self.training else None

@@ -4,6 +4,7 @@ An objective returns *sums* over tokens; whoever calls it divides by counts take
 global batch, so that a loss does not depend on how the batch was cut up.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -20,12 +21,15 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Sums = dict[str, Tensor]
 """Name -> detached scalar; divided by the objective's count it is a mean over tokens."""
 
+Gradients = list[Tensor | None]
+
 
 class Objective(Settings):
     """Settings and behaviour of one term of the loss."""
 
-    kind: ClassVar[Literal["head", "layer"]]
-    """`head`: compares logits. `layer`: compares the outputs of decoder layers."""
+    kind: ClassVar[Literal["head", "layer", "attention"]]
+    """`head`: compares logits. `layer`: compares the outputs of decoder layers. `attention`: those
+    of one layer's query, key and value projections."""
     needs_teacher: ClassVar[bool] = False
     takes_top_k: ClassVar[bool] = False
     """Whether a teacher's likeliest tokens are enough, which is all that a remote one sends."""
@@ -35,6 +39,12 @@ class Objective(Settings):
     """Name of the objective whose view it looks at; None: its own."""
 
     weight: Weight = 0.0
+
+    @property
+    def factor(self) -> float | None:
+        """What multiplies the weight; None: measured at the start, so that the gradient is
+        `grad_ratio` of that of continue_pretrain."""
+        return 1.0
 
     def view(self, batch: Batch, generator: torch.Generator) -> Batch:
         """What the student sees. Objectives that return `batch` itself share one forward, that of a
@@ -87,4 +97,34 @@ class LayerObjective(Objective):
         teacher_head: Float[Tensor, "vocab hidden"],
     ) -> tuple[Float[Tensor, ""], Sums]:
         """This layer's share of the sum over tokens (all add up to it), and sums to report."""
+        raise NotImplementedError
+
+
+class AttentionObjective(Objective):
+    """An objective on what the query, key and value projections of one layer put out."""
+
+    kind = "attention"
+    needs_teacher = True
+
+    grad_ratio: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    """The gradient that a `factor` to be measured aims at, relative to continue_pretrain's."""
+    layer: int = -1
+    """Which decoder layer of student and of teacher; negative ones count from the last."""
+
+    def count(self, batch: Batch) -> Int[Tensor, ""]:
+        """Real tokens: padding is never compared."""
+        return batch.real.sum()
+
+    def on_projections(
+        self,
+        documents: Int[Tensor, "batch length"],
+        student: Sequence[Float[Tensor, "batch length _"]],
+        teacher: Sequence[Float[Tensor, "batch length _"]],
+        key_heads: int,
+        wanted: Sequence[bool],
+    ) -> tuple[Float[Tensor, ""], Gradients]:
+        """Sum over tokens, detached, and its gradients in those of the student that are wanted.
+
+        `documents` number the tokens' documents in their row; 0 is padding.
+        """
         raise NotImplementedError

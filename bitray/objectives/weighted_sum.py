@@ -2,6 +2,7 @@
 
 from pydantic import model_validator
 
+from bitray.objectives.attention_distill import AttentionDistill
 from bitray.objectives.continue_pretrain import ContinuePretrain
 from bitray.objectives.dlm import DLM
 from bitray.objectives.hidden_distill import HiddenDistill
@@ -17,6 +18,7 @@ class Objectives(Settings):
     continue_pretrain: ContinuePretrain | None = ContinuePretrain()
     hidden_distill: HiddenDistill | None = None
     logits_distill: LogitsDistill | None = None
+    attention_distill: AttentionDistill | None = None
     dlm: DLM | None = None
     tcs_distill: TCSDistill | None = None
 
@@ -50,13 +52,13 @@ def combined_weights(
     *,
     curriculum: Curriculum | None = None,
 ) -> dict[str, float]:
-    """Weights at `step` of `(1-a) * layer objectives + a * head objectives`, those above 0 only.
+    """Weights at `step` of `(1-a) * layer and attention + a * head objectives`, those above 0 only.
 
     `a` starts at `lm_loss_weight`; the schedule lowers `1-a` towards 0. None: no such combination.
     """
     weights = objectives.active(step, total_steps, curriculum)
     if lm_loss_weight is not None:
         layers = schedule.share(step, total_steps, 1 - lm_loss_weight)
-        part = {"layer": layers, "head": 1 - layers}
+        part = {"layer": layers, "attention": layers, "head": 1 - layers}
         weights = {name: w * part[getattr(objectives, name).kind] for name, w in weights.items()}
     return {name: weight for name, weight in weights.items() if weight > 0}

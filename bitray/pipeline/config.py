@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from bitray.data import DataSettings
 from bitray.data.weights import quantise
 from bitray.export import GGUFType
 from bitray.models.mask_token import MASK
+from bitray.objectives.base import Weight
 from bitray.settings import Composed, Settings, Tree, UserError, merge, nearest
 from bitray.training.settings import TrainingSettings
 from bitray.training.teacher_settings import Actors, InProcess, Server, Teachers
@@ -129,6 +130,16 @@ class Logging(Settings):
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
+class Distillation(Settings):
+    """The coefficients of BitDistill, for every stage that distils attention; what a stage or
+    `training.objectives` says of its objectives is stronger. None: as there."""
+
+    lambda_logits: Weight | None = None
+    gamma_attention: Literal["auto"] | Annotated[float, Field(gt=0)] | None = None
+    """`auto`: measured at the start of the stage (see AttentionDistill)."""
+    temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+
 class EvaluationSettings(Settings):
     """Held-out evaluation at the end of every stage."""
 
@@ -178,6 +189,7 @@ class Config(Composed):
     training: TrainingSettings = TrainingSettings()
     """The default of every stage."""
     stages: dict[str, StageSettings] = Field(min_length=1)
+    distillation: Distillation = Distillation()
     scaling: Scaling = Scaling()
     gpu: GPU | None = None
     """Micro-batches by model and stage, laid over the stages' presets."""
@@ -192,16 +204,19 @@ class Config(Composed):
 
     @classmethod
     def arrange(cls, preset: Tree, said: Sequence[Tree]) -> Tree:
-        """Stage preset < `gpu` < `training.*` < `stages.NAME.*`; a later voice wins over an earlier
-        one."""
+        """Stage preset < `gpu` and `distillation.*` < `training.*` < `stages.NAME.*`; a later voice
+        wins over an earlier one."""
         preset = _fitted(preset, said)
-        for tree in said:
+        for tree in [{"distillation": preset.get("distillation", {})}, *said]:
             stages = dict(preset.get("stages", {}))
             own = tree.get("stages") or {}
             _check_stage_names(own, stages)
             for name in [*stages, *(n for n in own if n not in stages)]:
-                inherited = merge(stages.get(name, {}), tree.get("training") or {})
-                stages[name] = merge(inherited, own.get(name) or {})
+                above = merge(tree.get("training") or {}, own.get(name) or {})
+                below = stages.get(name, {})
+                if _distils_attention(merge(below, above)):
+                    below = merge(below, _coefficients(tree.get("distillation", {})))
+                stages[name] = merge(below, above)
             preset = {**merge(preset, {k: v for k, v in tree.items() if k != "stages"})}
             preset["stages"] = stages
         return preset
@@ -224,17 +239,37 @@ class Config(Composed):
 
     def problems(self) -> list[str]:
         most = (self.model.config or {}).get("max_position_embeddings")
-        return [*filter(None, [self.fp8_problem()])] + [
-            text
-            for name, stage in self.stages.items()
-            for text in [
-                *_stage_problems(name, stage),
-                *_teacher_problems(name, stage, self.model.teacher),
-                *_phase_problems(name, stage, self.data),
-                *self.too_long(name, most),
-                *self._influence_problems(name, stage),
-            ]
+        return [
+            *filter(None, [self.fp8_problem()]),
+            *self._besides_stages(),
+            *(
+                text
+                for name, stage in self.stages.items()
+                for text in [
+                    *_stage_problems(name, stage),
+                    *_teacher_problems(name, stage, self.model.teacher),
+                    *_phase_problems(name, stage, self.data),
+                    *self.too_long(name, most),
+                    *self._influence_problems(name, stage),
+                ]
+            ),
         ]
+
+    def _besides_stages(self) -> list[str]:
+        """What no stage can make use of, or no export."""
+        stages, found = self.stages.values(), []
+        said = self.distillation.model_dump(exclude_none=True)
+        if said and not any(stage.objectives.attention_distill for stage in stages):
+            found.append(
+                f"distillation.{next(iter(said))}: no stage distils attention; take a stage of "
+                "BitDistill, training=bitdistill_full"
+            )
+        if any(stage.lrc for stage in stages) and (self.export.gguf or self.export.huggingface):
+            found.append(
+                "export: no engine computes the low-rank corrections of stage lrc; leave the stage "
+                "out, or export the stage before it with jobs/export.py"
+            )
+        return found
 
     def influence_interval(self, stage: str) -> int | None:
         """Steps between decisions about the mixture, or None where there are none."""
@@ -301,6 +336,29 @@ def _fitted(preset: Tree, said: Sequence[Tree]) -> Tree:
     return merge(preset, {"stages": fitting}) if fitting else preset
 
 
+def _distils_attention(stage: Tree) -> bool:
+    objectives = stage.get("objectives")
+    return isinstance(objectives, dict) and objectives.get("attention_distill") is not None
+
+
+def _coefficients(said: Any) -> Tree:
+    """`distillation.*` as settings of a stage; what is wrong there is told of the root's field."""
+    try:
+        told = Distillation.model_validate(said).model_dump(exclude_none=True)
+    except ValidationError:
+        return {}
+    places = {
+        "lambda_logits": ("logits_distill", "weight"),
+        "temperature": ("logits_distill", "temperature"),
+        "gamma_attention": ("attention_distill", "gamma"),
+    }
+    objectives: Tree = {}
+    for name, (objective, setting) in places.items():
+        if name in told:
+            objectives.setdefault(objective, {})[setting] = told[name]
+    return {"objectives": objectives} if objectives else {}
+
+
 def _check_stage_names(own: Tree, known: Tree) -> None:
     for name, values in own.items():
         new = isinstance(values, dict) and {"max_steps", "total_tokens", "convert_only"} & set(
@@ -335,6 +393,17 @@ def _stage_problems(name: str, stage: StageSettings) -> list[str]:
         found.append(f"{where}.objectives: no objective has a weight above 0{at}")
     if stage.dense and stage.needs_teacher:
         found.append(f"{where}: a dense stage has no teacher, but its objectives need one")
+    first = (stage.weights(step) for step in stage.turns)
+    active: dict[str, float] = next((w for w in first if "attention_distill" in w), {})
+    attention = stage.objectives.attention_distill
+    measured = active and attention and attention.factor is None
+    if measured and "continue_pretrain" not in active:
+        found.append(
+            f"{where}.objectives.attention_distill.gamma: auto is measured by the gradient of "
+            "continue_pretrain, which is off; give a number, or continue_pretrain a weight"
+        )
+    if stage.lrc and stage.dense:
+        found.append(f"{where}.lrc: a dense stage has no ternary layer to correct")
     warmup = stage.lambda_warmup
     if warmup.enabled and not stage.dense and (warmup.warmup_steps or 0) > stage.total_steps:
         found.append(

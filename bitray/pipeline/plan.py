@@ -13,7 +13,7 @@ from bitray.data.job import inputs_of
 from bitray.data.tokenizer import check_vocabulary, tokenizer_identity
 from bitray.export import can_export
 from bitray.models.convert import to_bitnet
-from bitray.models.families import decoder_layers
+from bitray.models.families import attention_projections, decoder_layers
 from bitray.models.loading import (
     build_model,
     check_weights,
@@ -22,6 +22,7 @@ from bitray.models.loading import (
     skeleton,
 )
 from bitray.models.mask_token import set_mask_token
+from bitray.nn import bit_linears, rank_of
 from bitray.pipeline.config import Config
 from bitray.pipeline.folders import StageFolder, named_checkpoint
 from bitray.pipeline.remix import schedule_of_mixture
@@ -107,6 +108,7 @@ def check_model(config: Config, model: PreTrainedModel, tokenizer: str | None) -
         if any(stage.needs_mask_token for stage in config.stages.values()):
             set_mask_token(mine, config.model.mask_token)
     converted = to_bitnet(model, config.model.quantization.subln)
+    found += [text for name in config.stages for text in _misfits(config, name, converted)]
     reasons: dict[str, list[str]] = {}
     for kind in config.export.gguf:
         if reason := can_export(converted, kind):
@@ -114,6 +116,20 @@ def check_model(config: Config, model: PreTrainedModel, tokenizer: str | None) -
     found += [f"export.gguf: {', '.join(kinds)}: {why}" for why, kinds in reasons.items()]
     if found:
         raise UserError(listed(found))
+
+
+def _misfits(config: Config, name: str, converted: PreTrainedModel) -> list[str]:
+    """What a stage names and its model does not have: a decoder layer, a rank."""
+    stage, attention = config.stages[name], config.stages[name].objectives.attention_distill
+    try:
+        if attention is not None:
+            attention_projections(converted, attention.layer)
+        for layer in bit_linears(converted) if stage.lrc else ():
+            assert stage.lrc is not None
+            rank_of(stage.lrc.rank, layer.in_features, layer.out_features)
+    except UserError as error:
+        return [f"stages.{name}: {error}"]
+    return []
 
 
 def _check_starts(config: Config) -> None:

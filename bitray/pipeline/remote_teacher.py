@@ -57,8 +57,8 @@ class RemoteTeacher:
             return f"model.teacher: an actor did not answer: {str(error).strip().splitlines()[0]}"
         return None
 
-    def __call__(self, batch: Batch, layers: bool) -> TopK:
-        assert not layers, "a remote teacher sends no hidden states"
+    def __call__(self, batch: Batch, layers: bool, attention: int | None = None) -> TopK:
+        assert not layers and attention is None, "a remote teacher sends no hidden states"
         return self._answer(batch).to(self.device)
 
     def _answer(self, batch: Batch) -> TopK:

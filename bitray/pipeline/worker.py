@@ -30,10 +30,23 @@ from bitray.models.loading import (
     model_files,
 )
 from bitray.models.losses import LossModel
+from bitray.models.low_rank import (
+    add_corrections,
+    corrected_layers,
+    init_corrections,
+    train_corrections_only,
+)
 from bitray.models.mask_token import add_mask_token, mask_token_id
+from bitray.nn import LowRank
 from bitray.pipeline.config import Config
 from bitray.pipeline.console import Say, speaking
-from bitray.pipeline.folders import StageFolder, predecessor, resume_point, teacher_of
+from bitray.pipeline.folders import (
+    StageFolder,
+    original,
+    predecessor,
+    resume_point,
+    teacher_of,
+)
 from bitray.pipeline.material import RowKind
 from bitray.pipeline.remix import few_updates, remixing
 from bitray.pipeline.remote_teacher import RemoteTeacher, pool, served
@@ -119,6 +132,8 @@ class Stage:
             torch.set_float32_matmul_precision("high" if self.settings.tf32 else "highest")
         torch.manual_seed(seed_of(self.settings.seed, self.name))
         model, strength = self.student()
+        if self.settings.lrc is not None:
+            self.correct(model, self.settings.lrc)
         tokenizer = load_tokenizer(self.job.tokenizer)
         block_diffusion = self.settings.objectives.dlm
         if self.settings.needs_mask_token or mask_token_id(model.config) is not None:
@@ -187,6 +202,28 @@ class Stage:
         if not self.settings.convert_only:
             self.record(CONVERTED, self.evaluate(LossModel(model)))
         return model
+
+    def correct(self, model: PreTrainedModel, wanted: LowRank) -> None:
+        """Add low-rank corrections unless they are there, and train nothing else."""
+        model.to(self.device)  # type: ignore[arg-type]  # transformers types `to` away
+        resumed = from_rank_zero(lambda: resume_point(self.config, self.name))
+        if not corrected_layers(model):
+            add_corrections(model, wanted.rank)
+            if wanted.init != "kaiming" and not resumed:
+                batch, origin = self.calibration(), original(self.config)
+                assert origin is not None, "a ternary stage starts from a dense model"
+                loss = partial(self.loss_on, model, batch)
+                revision = self.config.model.revision if origin == self.config.model.path else None
+                weights = load_model(origin, revision).state_dict()
+                notice = init_corrections(model, wanted, weights, batch, loss)
+                if notice and world()[0] == 0:
+                    self.say(f"{self.name:<9} {notice}")
+        train_corrections_only(model)
+
+    def loss_on(self, model: PreTrainedModel, batch: Batch) -> float:
+        """Cross-entropy on a batch, the same number on all workers."""
+        losses = evaluate(LossModel(model), {"": [batch]}, self.device, self.autocast)
+        return from_rank_zero(lambda: losses[""])
 
     def calibration(self) -> Batch:
         """A few training rows of every source."""

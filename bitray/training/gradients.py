@@ -26,12 +26,13 @@ Layers = list[list[nn.Parameter]]
 
 def watched_parameters(model: LossModel, depth: float) -> Layers:
     """Matrices of the decoder layers in the last `depth` of the model, layer by layer, and then the
-    final norm."""
+    final norm; of these those that are trained."""
     layers = list(decoder_layers(model.model))
     first = len(layers) - max(1, round(depth * len(layers)))
     matrices = [[p for p in layer.parameters() if p.ndim == 2] for layer in layers[first:]]
     norm = model.model.base_model.get_submodule("norm")
-    return [*matrices, list(norm.parameters())]
+    trained = [[p for p in part if p.requires_grad] for part in (*matrices, norm.parameters())]
+    return [part for part in trained if part]
 
 
 def gram_matrix(

@@ -32,6 +32,10 @@ Tickets = Iterator[tuple[int, Batch]]
 """Numbered micro-batches of one worker, from `data_step` on (see `data.tickets`)."""
 
 
+_MEASURE = "continue_pretrain"
+"""Whose gradient others are measured by."""
+
+
 class Every(NamedTuple):
     """Side work: `fn(loop)` after every `period` steps, the last one, and where a run stops."""
 
@@ -68,6 +72,8 @@ class Window:
     steps: int = 0
     updates: int = 0
     """Steps that were not skipped."""
+    term_norms: dict[str, float] = field(default_factory=dict)
+    """Gradient norm of each objective, weight included, where it was measured."""
 
 
 @dataclass
@@ -155,7 +161,10 @@ class Loop:
         weights = settings.weights(step)
         passes = [p for ticket, batch in batches for p in self._passes(ticket, batch, weights)]
         counts = self._count([batch for _, batch in batches], passes, weights)
+        weights = self._balanced(passes, counts, weights)
         scales = {name: weight / max(counts[name], 1.0) for name, weight in weights.items()}
+        if len(scales) > 1 and position.step % settings.grad_norms_every == 0:
+            self.window.term_norms = self._gradient_norms(passes, scales)
         found = []
         for index, each in enumerate(passes):
             synchronize_gradients(self.model, on=index == len(passes) - 1)
@@ -221,24 +230,62 @@ class Loop:
             )
         return counts
 
+    def _balanced(
+        self, passes: list[Pass], counts: dict[str, float], weights: dict[str, float]
+    ) -> dict[str, float]:
+        """Weights times the objectives' factors, of which some are measured when first needed: at
+        full strength, for what is not quantised yet may not differ from its teacher at all."""
+        factors = {}
+        for name in weights:
+            objective, known = getattr(self.settings.objectives, name), self.position.factors
+            if objective.factor is None and name not in known:
+                pair = {key: 1 / max(counts.get(key, 0.0), 1.0) for key in (_MEASURE, name)}
+                set_strength(self.model, 1.0)
+                known[name] = objective.grad_ratio * _ratio(
+                    name, self._gradient_norms(passes, pair)
+                )
+                set_strength(self.model, self.position.strength)
+            factors[name] = known[name] if objective.factor is None else objective.factor
+        return {name: weight * factors[name] for name, weight in weights.items()}
+
+    def _gradient_norms(self, passes: list[Pass], scales: dict[str, float]) -> dict[str, float]:
+        """Norm of each term's own gradient over the whole global batch; costs a forward and a
+        backward for each of them and leaves no trace."""
+        norms = {}
+        devices = [self.device] if self.device.type == "cuda" else []
+        for name in scales:
+            mine = [each._replace(names=[name]) for each in passes if name in each.names]
+            with torch.random.fork_rng(devices):
+                for index, each in enumerate(mine):
+                    synchronize_gradients(self.model, on=index == len(mine) - 1)
+                    self._forward(each, scales)[0].backward()
+            norms[name] = clip_grad_norm(self.model.parameters(), None).item()
+            self.model.zero_grad(set_to_none=True)
+        return norms
+
     def _forward_backward(self, each: Pass, scales: dict[str, float]) -> Metrics:
         """Gradients of a pass; its sums."""
-        terms = {"head": [], "layer": []}  # type: dict[str, list[Term]]
+        loss, metrics = self._forward(each, scales)
+        loss.backward()
+        return metrics
+
+    def _forward(self, each: Pass, scales: dict[str, float]) -> tuple[torch.Tensor, Metrics]:
+        terms = {"head": [], "layer": [], "attention": []}  # type: dict[str, list[Term]]
         needs_teacher = False
         for name in each.names:
             objective = getattr(self.settings.objectives, name)
             terms[objective.kind].append(Term(name, objective, scales[name]))
             needs_teacher |= objective.needs_teacher
+        attention = next(iter(terms["attention"]), None)
+        layer = attention.objective.layer if attention else None
         output = None
         if needs_teacher:
             assert self.teacher is not None, f"{each.names} need a teacher"
-            output = self.teacher(each.clean, bool(terms["layer"]))
+            output = self.teacher(each.clean, bool(terms["layer"]), layer)
         sources = len(self.sources) if "continue_pretrain" in each.names else 0
         with self.autocast:
             arguments = (terms["head"], terms["layer"], output, sources)
-            loss, metrics = self.model(each.view, *arguments)
-        loss.backward()
-        return metrics
+            return self.model(each.view, *arguments, attention=attention)
 
     def _update(self) -> bool:
         """Clip and step; a gradient that is not finite is counted and leaves everything alone.
@@ -344,6 +391,7 @@ class Loop:
             metrics[f"mixture/share_{name}"] = tokens[at] / window.counts["tokens"]
             if labels[at]:
                 metrics[f"mixture/loss_{name}"] = nll[at] / labels[at]
+        metrics |= {f"train/grad_norm_{name}": norm for name, norm in window.term_norms.items()}
         for group in self.optimizer.param_groups:
             metrics[f"schedule/lr_{group['name']}"] = group["lr"]
         if isinstance(self.optimizer, Reports):
@@ -365,6 +413,17 @@ class Loop:
             "train/padding": 1 - window.counts["tokens"]
             / (window.steps * settings.rows_per_step * settings.max_seq_length),
         }  # fmt: skip
+
+
+def _ratio(name: str, norms: dict[str, float]) -> float:
+    """Of the gradient of the cross-entropy to that of an objective."""
+    reference, own = norms[_MEASURE], norms[name]
+    if not (reference > 0 and own > 0 and math.isfinite(reference / own)):
+        raise UserError(
+            f"objectives.{name}: its factor cannot be measured, for its gradient has norm {own:g} "
+            f"and that of {_MEASURE} {reference:g}; give a number instead of auto"
+        )
+    return reference / own
 
 
 def _sum_over_workers(sums: dict[str, float]) -> dict[str, float]:

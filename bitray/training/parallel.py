@@ -46,8 +46,10 @@ def parallelize(model: LossModel, settings: TrainingSettings, device: torch.devi
 
 
 def _compile(layers: nn.ModuleList, settings: TrainingSettings) -> None:
-    options = settings.torch_compile
-    for layer in layers:
+    options, attention = settings.torch_compile, settings.objectives.attention_distill
+    # A compiled forward would not call the hooks on the projections of the layer that is distilled.
+    hooked = layers[attention.layer] if attention is not None and attention.weight > 0 else None
+    for layer in (each for each in layers if each is not hooked):
         # The forward, not the module: names in state dicts and hooks stay as they are.
         layer.forward = torch.compile(layer.forward, mode=options.mode, fullgraph=options.fullgraph)
 

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from bitray.nn import LowRank
 from bitray.objectives import Objective, Objectives, combined_weights
 from bitray.optim import AdamW, Optimizer, ZClip
 from bitray.schedules import (
@@ -146,6 +147,9 @@ class TrainingSettings(Settings):
     saliency_curriculum: SaliencyCurriculum = SaliencyCurriculum()
     activation_sparsity: ActivationSparsity = ActivationSparsity()
 
+    lrc: LowRank | None = None
+    """Low-rank corrections, which alone are trained then."""
+
     influence: InfluenceSettings = InfluenceSettings()
 
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -158,6 +162,9 @@ class TrainingSettings(Settings):
     """Tokens whose logits exist at a time; None: 256 on CPUs, 2048 on GPUs."""
 
     log_every: int = Field(default=10, ge=1)
+    grad_norms_every: int = Field(default=200, ge=1)
+    """Steps between measurements of each objective's own gradient norm where there are several;
+    one costs as much as a step for each of them, and leaves no trace in the training."""
     eval_every: int = Field(default=500, ge=1)
     eval_rows: int = Field(default=64, ge=1)
     """Held-out rows per domain of the evaluations during training."""

@@ -46,6 +46,8 @@ class Position:
     plateau: Plateau = field(default_factory=Plateau)
     ended: str | None = None
     """Why the stage has ended before its last step."""
+    factors: dict[str, float] = field(default_factory=dict)
+    """Factors of objectives that were measured, such as the gamma of attention_distill."""
 
     @classmethod
     def from_json(cls, held: dict[str, Any]) -> "Position":

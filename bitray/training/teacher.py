@@ -31,7 +31,9 @@ CPU_BLOCK = 64
 class Teacher(Protocol):
     """Answers a batch with what the objectives compare the student to."""
 
-    def __call__(self, batch: Batch, layers: bool) -> TeacherOutput | TopK: ...
+    def __call__(
+        self, batch: Batch, layers: bool, attention: int | None = None
+    ) -> TeacherOutput | TopK: ...
 
 
 class InProcessTeacher:
@@ -41,9 +43,9 @@ class InProcessTeacher:
         assert not any(p.requires_grad for p in model.parameters()), "a teacher is frozen"
         self.model, self.autocast = model.eval(), autocast
 
-    def __call__(self, batch: Batch, layers: bool) -> TeacherOutput:
+    def __call__(self, batch: Batch, layers: bool, attention: int | None = None) -> TeacherOutput:
         with self.autocast:
-            return run_teacher(self.model, batch, layers)
+            return run_teacher(self.model, batch, layers, attention)
 
 
 def open_teacher(

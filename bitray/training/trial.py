@@ -165,7 +165,7 @@ def _teacher(trial: Trial, device: torch.device, autocast: torch.autocast) -> Te
     if isinstance(kind, Actors | Server):
         heat = distill.temperature if distill else 1.0
 
-        def answer(batch: Batch, layers: bool) -> TopK:
+        def answer(batch: Batch, layers: bool, attention: int | None = None) -> TopK:
             rows, length = batch.input_ids.shape
             return TopK.blank(rows, length, kind.top_k, kind.top_k + 1, heat).to(device)
 

@@ -20,12 +20,15 @@ from bitray.models.convert import to_bitnet
 from bitray.models.families import FAMILIES, decoder_layers
 from bitray.models.losses import LossModel, TeacherOutput, Term, run_teacher
 from bitray.models.packed import packed_inputs
-from bitray.objectives import ContinuePretrain, HiddenDistill, LogitsDistill
+from bitray.objectives import AttentionDistill, ContinuePretrain, HiddenDistill, LogitsDistill
 from bitray.settings import UserError
 
 CE = Term("ce", ContinuePretrain(), 0.03)
 KL = Term("kl", LogitsDistill(temperature=2.0), 0.02)
 HIDDEN = Term("hidden", HiddenDistill(loss_type="mse", layer_weights="uniform"), 0.5)
+
+
+ATTENTION = Term("attention", AttentionDistill(), 0.4)
 
 
 @pytest.fixture
@@ -242,6 +245,70 @@ def test_activation_checkpointing_changes_nothing(
         loss, _ = LossModel(model)(batch, [CE, KL], [HIDDEN], told)
         results.append(_gradients(loss, model))
     torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def _states(model: PreTrainedModel, batch: Batch, layer: int) -> list[Tensor]:
+    """What goes through the projections: their weights on the input that the layer's norm makes."""
+    before = model(**packed_inputs(batch), output_hidden_states=True).hidden_states[layer]
+    block = model.model.layers[layer]
+    normed = block.input_layernorm(before)
+    return [getattr(block.self_attn, f"{name}_proj")(normed) for name in "qkv"]
+
+
+def plain_attention(model: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) -> Tensor:
+    """Relations of whole rows under whole masks, by autograd."""
+    document = (batch.position_ids == 0).cumsum(1)
+    seen = (document[:, :, None] == document[:, None]).tril()[:, None]
+    loss = torch.zeros(())
+    for pair in zip(*(_states(m, batch, 1) for m in (model, teacher)), strict=True):
+        logp = []
+        for states in pair:
+            split = states.unflatten(-1, (2, -1)).transpose(1, 2)
+            products = split @ split.mT / split.shape[-1] ** 0.5
+            logp.append(products.masked_fill(~seen, -1e9).log_softmax(-1))
+        divergence = F.kl_div(*logp, log_target=True, reduction="none").sum(-1).mean(1)
+        loss = loss + divergence[batch.real].sum() / 3
+    return loss
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_attention_relations_of_a_layer(model_type: str, checkpointing: bool, batch: Batch) -> None:
+    """Together with the head's terms, for every family, recomputed in the backward or not."""
+    model, wide = to_bitnet(make_model(model_type)), {"hidden_size": 96}
+    wide = {} if model_type == "qwen3" else wide
+    teacher = make_model(model_type, seed=1, **wide).requires_grad_(False)
+    expected = ATTENTION.scale * plain_attention(model, teacher, batch)
+    expected = expected + plain_loss(model, batch, None)
+    wanted = _gradients(expected, model)
+    if checkpointing:
+        _wrap_layers(model)
+    told = run_teacher(teacher, batch, layers=False, attention=-1)
+    loss, metrics = LossModel(model)(batch, [CE], [], told, attention=ATTENTION)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(_gradients(loss, model), wanted, rtol=1e-4, atol=1e-5)
+    assert set(metrics) == {"ce/sum", "ce/nll", "attention/sum"}
+
+
+def test_attention_is_zero_for_the_teacher_itself_and_ignores_labels(
+    teacher: PreTrainedModel, batch: Batch
+) -> None:
+    told = run_teacher(teacher, batch, layers=False, attention=0)
+    term = Term("attention", AttentionDistill(layer=0), 1.0)
+    same = LossModel(make_model(seed=1))
+    masked = Batch(**(vars(batch) | {"labels": torch.full_like(batch.labels, IGNORED)}))
+    loss, _ = same(masked, [CE], [], told, attention=term)
+    loss.backward()
+    assert loss.abs() < 1e-6
+    assert all(p.grad.abs().max() < 1e-5 for p in same.parameters())
+    other, _ = LossModel(make_model())(masked, [CE], [], told, attention=term)
+    other.backward()
+    assert 0.01 < other < 1
+
+
+def test_a_layer_that_is_not_there_is_refused(teacher: PreTrainedModel, batch: Batch) -> None:
+    with pytest.raises(UserError, match="layer 2: there are 2 decoder layers, 0 to 1"):
+        run_teacher(teacher, batch, layers=False, attention=2)
 
 
 # ---------------------------------------------------------------------------------------- teachers

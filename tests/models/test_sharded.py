@@ -20,12 +20,13 @@ from bitray.models.isolation import check_documents_isolated
 from bitray.models.loading import load_model, save_model
 from bitray.models.losses import LossModel, Term, run_teacher
 from bitray.nn import bit_linears, set_strength
-from bitray.objectives import ContinuePretrain, HiddenDistill, LogitsDistill
+from bitray.objectives import AttentionDistill, ContinuePretrain, HiddenDistill, LogitsDistill
 
 # Micro-batches dealt to workers in turn; the last one is an empty ticket, on worker 1.
 ROWS = [[[10, 12], [24]], [[24], [7, 7]], [[3, 20], []], [[], []]]
 HEAD = [Term("ce", ContinuePretrain(), 0.01), Term("kl", LogitsDistill(), 0.02)]
 LAYERS = [Term("hidden", HiddenDistill(), 0.03)]
+ATTENTION = Term("attention", AttentionDistill(), 0.05)
 
 
 def _student() -> LossModel:
@@ -46,7 +47,8 @@ def _accumulate(model: LossModel, teacher: PreTrainedModel, batches: list[Batch]
     for index, batch in enumerate(batches):
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(index == len(batches) - 1)
-        loss, _ = model(batch, HEAD, LAYERS, run_teacher(teacher, batch, layers=True))
+        told = run_teacher(teacher, batch, layers=True, attention=-1)
+        loss, _ = model(batch, HEAD, LAYERS, told, attention=ATTENTION)
         loss.backward()
         total += loss.detach()
     return total

@@ -1,6 +1,6 @@
 """What must hold of every objective. A new one is picked up from the fields of `Objectives`."""
 
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -26,7 +26,8 @@ def _random(*shape: int, seed: int) -> Tensor:
 
 
 def _inputs(kind: str, seed: int, tokens: int = TOKENS) -> Tensor:
-    """What an objective of this kind compares: logits, or the states of all layers."""
+    """What an objective of this kind compares: logits, the states of all layers, or queries, keys
+    and values (of a batch of one document)."""
     if kind == "head":
         return 3 * _random(tokens, VOCAB, seed=seed)
     return _random(LAYERS, tokens, WIDTH, seed=seed)
@@ -42,6 +43,8 @@ def _evaluate(
     """The whole sum, as the wrapper adds it up."""
     if objective.kind == "head":
         return objective.on_logits(student, labels, teacher)  # type: ignore[attr-defined]
+    if objective.kind == "attention":
+        return _Projections.apply(objective, student, teacher), {}
     head = _random(VOCAB, WIDTH, seed=5)
     total, reported = torch.zeros(()), {}
     for index in range(LAYERS):
@@ -52,6 +55,23 @@ def _evaluate(
         for name, value in sums.items():
             reported[name] = reported.get(name, 0) + value
     return total, reported
+
+
+class _Projections(torch.autograd.Function):
+    """An objective that brings its own gradients, on queries, keys and values."""
+
+    @staticmethod
+    def forward(ctx: Any, objective: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        tokens = student.shape[1]
+        document = torch.ones(1, tokens, dtype=torch.int64)
+        states = [[x[None] for x in each.detach()] for each in (student, teacher)]
+        total, slopes = objective.on_projections(document, *states, 2, (True,) * 3)
+        ctx.slopes = torch.cat(slopes)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        return None, grad * ctx.slopes, None
 
 
 def _rows(objective: Objective, inputs: Tensor, rows: slice) -> Tensor:
@@ -85,8 +105,8 @@ def test_is_finite_for_extreme_inputs(objective):
 
 
 def test_masked_tokens_add_nothing_and_get_no_gradient(objective):
-    if objective.kind == "layer":
-        pytest.skip("the caller selects real tokens by `count`'s own mask")
+    if objective.kind != "head":
+        pytest.skip("labels are nothing to it; it compares real tokens")
     labels = _labels()
     labels[::2] = IGNORED
     student, teacher = _inputs("head", seed=0).requires_grad_(), _inputs("head", seed=1)
@@ -100,7 +120,7 @@ def test_masked_tokens_add_nothing_and_get_no_gradient(objective):
 
 def test_is_zero_when_everything_is_masked(objective):
     for tokens, labels in ((0, _labels(0)), (TOKENS, torch.full((TOKENS,), IGNORED))):
-        if objective.kind == "layer" and tokens:
+        if objective.kind != "head" and tokens:
             continue
         student = _inputs(objective.kind, seed=0, tokens=tokens).requires_grad_()
         teacher = _inputs(objective.kind, seed=1, tokens=tokens)
@@ -113,6 +133,8 @@ def test_is_zero_when_everything_is_masked(objective):
 
 def test_is_a_sum_over_tokens_each_compared_in_its_own_place(objective):
     """Chunks may be cut anywhere, so the shift is the caller's alone: row i goes with label i."""
+    if objective.kind == "attention":
+        pytest.skip("tokens are compared with those before them")
     student, teacher = _inputs(objective.kind, seed=0), _inputs(objective.kind, seed=1)
     labels = _labels()
     whole, reported = _evaluate(objective, student, teacher, labels)

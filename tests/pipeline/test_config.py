@@ -91,6 +91,33 @@ def test_a_kind_of_gpu_comes_before_what_is_said(tmp_path: Path) -> None:
         Config.load(overrides=["gpu=a100_80"])
 
 
+@pytest.mark.parametrize(
+    ("words", "coefficients"),
+    [
+        ([], (10.0, 5.0, "auto")),
+        (["distillation=summarization"], (1.0, 5.0, "auto")),
+        (["distillation.lambda_logits=3", "distillation.gamma_attention=2e-3"], (3.0, 5.0, 2e-3)),
+        (["distillation=summarization", "distillation.lambda_logits=4"], (4.0, 5.0, "auto")),
+        (["distillation.temperature=3", "training.objectives.logits_distill.temperature=4",
+          "stages.stage3.objectives.logits_distill.weight=7"], (7.0, 4.0, "auto")),
+    ],
+)  # fmt: skip
+def test_coefficients_of_bitdistill(
+    words: list[str], coefficients: tuple[float, float, object]
+) -> None:
+    """Stage preset < distillation < training < the stage itself; a dump says the same again."""
+    config = Config.load(overrides=["pipeline=full", *words])
+    for each in (config, Config.load_text(config.dump(), "config.yaml")):
+        found = each.stages["stage3"].objectives
+        logits, attention = found.logits_distill, found.attention_distill
+        assert logits is not None and attention is not None
+        assert (logits.weight, logits.temperature, attention.gamma) == coefficients
+        other = each.stages["stage2"].objectives.logits_distill
+        assert other is not None and other.weight == 0.5 and other.temperature in (2.0, 4.0)
+    again = config.override({"distillation.lambda_logits": 9.0}).stages["stage3"].objectives
+    assert again.logits_distill is not None and again.logits_distill.weight == 9.0
+
+
 def test_tokens_become_steps() -> None:
     words = ["training=stage2_pretrain", "training.total_tokens=1_000_000"]
     stage = Config.load(overrides=words).stages["stage2"]
@@ -121,6 +148,16 @@ def test_tokens_become_steps() -> None:
         (["stages.stage2.lambda_warmup.min=0.9", "stages.stage2.lambda_warmup.max=0.5"],
          r"stages\.stage2\.lambda_warmup: min \(0\.9\) is above max"),
         (["data=local"], r"data\.sources"),
+        (["distillation=classification"], r"lambda_logits: no stage distils attention"),
+        (["training=stage3_distill", "distillation.temperature=0"], r"distillation\.temperature"),
+        (["training=stage3_distill", "training.objectives.continue_pretrain.weight=0"],
+         r"attention_distill\.gamma: auto is measured by .* which is off; give a number"),
+        (["training=lrc_calibration", "training.lrc.rank=2.5"],
+         r"training\.lrc\.rank: 2\.5 is neither a share below 1 nor a whole number"),
+        (["training=lrc_calibration", "export.gguf=[i2_s]"],
+         r"export: no engine computes the low-rank corrections of stage lrc"),
+        (["stages.stage0.lrc.rank=4", "export.gguf=[]", "export.huggingface=false"],
+         r"stage0\.lrc: a dense stage has no ternary layer to correct"),
         (["model.teacher=x/y"], r"model\.teacher: .* say model\.teacher\.path=x/y"),
         (["model.teacher.type=actor"], r"model\.teacher.*nearest: 'actors'"),
         (["model.teacher.type=server"], r"model\.teacher\.url"),

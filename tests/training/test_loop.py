@@ -12,7 +12,7 @@ import torch
 from bitray.models.batch import IGNORED, Batch
 from bitray.models.convert import to_bitnet
 from bitray.models.loading import build_model
-from bitray.models.losses import LossModel, TeacherOutput
+from bitray.models.losses import LossModel, TeacherOutput, Term
 from bitray.objectives import Objectives
 from bitray.settings import UserError
 from bitray.training import state
@@ -240,6 +240,77 @@ def test_distillation_pulls_the_student_to_its_teacher() -> None:
     loop(given, teacher=teacher, sinks=[kept, cosine]).run(tickets())
     assert kept.values[-1] < 0.9 * kept.values[0]
     assert -1 <= cosine.values[0] < cosine.values[-1] <= 1
+
+
+BITDISTILL = {
+    "continue_pretrain": {"weight": 1.0}, "logits_distill": {"weight": 2.0, "temperature": 5.0},
+    "attention_distill": {"weight": 1.0},
+}  # fmt: skip
+
+
+def distilled(sinks: list[Keep], **changes: object) -> Loop:
+    torch.manual_seed(1)
+    dense = build_model(CONFIG | {"initializer_range": 0.2}).requires_grad_(False)
+    teacher = InProcessTeacher(dense, autocast_for(CPU, "auto"))
+    return loop(settings(**{"objectives": BITDISTILL} | changes), teacher=teacher, sinks=sinks)
+
+
+def norm(run: Loop) -> float:
+    return math.sqrt(sum(float(p.grad.square().sum()) for p in run.model.parameters()))
+
+
+def test_gamma_makes_the_attention_gradient_a_tenth_of_the_cross_entropys(tmp_path: Path) -> None:
+    """Measured at full strength on the first step's whole batch, here against plain autograd."""
+    kept = Keep("schedule/attention_distill_weight")
+    run = distilled([kept], max_steps=3)
+    found = {}
+    for name in ("continue_pretrain", "attention_distill"):
+        objective = getattr(run.settings.objectives, name)
+        term = Term(name, objective, 1.0)
+        first = [b for _, b in zip(range(2), (batch(n) for n in range(2)), strict=True)]
+        for b in first:
+            told = run.teacher(b, False, -1)
+            head, attention = ([], term) if name == "attention_distill" else ([term], None)
+            scale = 1 / sum(int(objective.count(each)) for each in first)
+            (run.model(b, head, [], told, attention=attention)[0] * scale).backward()
+        found[name] = norm(run)
+        run.model.zero_grad()
+    run.run(tickets())
+    expected = 0.1 * found["continue_pretrain"] / found["attention_distill"]
+    assert kept.values == [pytest.approx(expected, rel=1e-5)] * 3
+    held = json.loads(json.dumps(state.as_json(run.position, None)))
+    assert Position.from_json(held["position"]).factors == {"attention_distill": kept.values[0]}
+    rest = distilled([kept], max_steps=5)
+    rest.position = Position.from_json(held["position"])
+    rest.run(tickets(40))  # other rows, the same gamma
+    assert kept.values == [kept.values[0]] * 5
+
+
+def test_gradient_norms_are_logged_and_leave_no_trace() -> None:
+    kept = Keep("train/loss")
+    lines: list[Mapping[str, float]] = []
+    kept.write = lambda stage, step, metrics: lines.append(metrics)  # type: ignore[method-assign]
+    often, seldom = (distilled([kept], grad_norms_every=n) for n in (2, 100))
+    for run in (often, seldom):
+        run.run(tickets())
+    for name, value in weights(often).items():
+        assert torch.equal(value, weights(seldom)[name]), name
+    measured = [step for step, line in enumerate(lines) if "train/grad_norm_logits_distill" in line]
+    assert measured == [0, 2, 4, 6, 8]
+    for name in BITDISTILL:
+        assert lines[0][f"train/grad_norm_{name}"] > 0
+    ratio = lines[2]["train/grad_norm_attention_distill"]
+    assert 0.01 < ratio / lines[2]["train/grad_norm_continue_pretrain"] < 1
+
+
+def test_a_gamma_that_cannot_be_measured_is_refused() -> None:
+    alone = BITDISTILL | {"continue_pretrain": None}
+    with pytest.raises(UserError, match="attention_distill: its factor cannot be measured"):
+        distilled([], objectives=alone).run(tickets())
+    fixed = BITDISTILL | {"attention_distill": {"gamma": 3.0, "weight": 0.5}}
+    kept = Keep("schedule/attention_distill_weight")
+    distilled([kept], objectives=fixed).run(tickets())
+    assert set(kept.values) == {1.5}
 
 
 def test_a_gradient_that_is_not_finite_skips_the_step_and_poisons_nothing() -> None:

@@ -78,7 +78,7 @@ def settings(kind: str = BLENDED, micro_batches: int = 3, **changes: Any) -> Tra
     if kind != DENSE:
         values["objectives"] = {
             "continue_pretrain": {"weight": 0.5}, "logits_distill": {"weight": 0.5},
-            "hidden_distill": {"weight": 1.0},
+            "hidden_distill": {"weight": 1.0}, "attention_distill": {"weight": 1.0},
         }  # fmt: skip
     return TrainingSettings.model_validate(values)
 
