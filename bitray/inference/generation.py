@@ -20,12 +20,13 @@ def generate(
 ) -> str:
     """The continuation of `prompt`, without the prompt. Ends at the end-of-text token."""
     sampling = sampling or Sampling()
-    ids = _prompt_ids(tokenizer, prompt)
+    ids = prompt_ids(tokenizer, prompt)
     new = list(tokens(model, ids, sampling, tokenizer.eos_token_id))
     return str(tokenizer.decode(new, skip_special_tokens=True))
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Ids of a prompt; a start token for an empty one."""
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if ids:
         return ids
@@ -35,16 +36,20 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return [start]
 
 
+def check_room(prompt: int, new: int, positions: int) -> None:
+    """`UserError` where prompt and continuation are longer than the model can see."""
+    if prompt + new > positions:
+        raise UserError(
+            f"prompt of {prompt} tokens and max_new_tokens={new} do not fit into the model's "
+            f"{positions} positions"
+        )
+
+
 def tokens(
     model: PreTrainedModel, ids: list[int], sampling: Sampling, end: int | None
 ) -> Iterator[int]:
     """New token ids, one at a time."""
-    limit = model.config.max_position_embeddings
-    if len(ids) + sampling.max_new_tokens > limit:
-        raise UserError(
-            f"prompt of {len(ids)} tokens and max_new_tokens={sampling.max_new_tokens} do not fit "
-            f"into the model's {limit} positions"
-        )
+    check_room(len(ids), sampling.max_new_tokens, model.config.max_position_embeddings)
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(sampling.seed)
     cache, inputs = DynamicCache(config=model.config), torch.tensor([ids], device=device)

@@ -1,5 +1,6 @@
 """What the smaller jobs do: evaluate a checkpoint, let it speak, export it; show prepared rows."""
 
+import os
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +18,8 @@ from bitray.data.prepare import prepare, prepared_identity
 from bitray.data.shards import Shards, held_out
 from bitray.data.tokenizer import check_vocabulary
 from bitray.export import write_gguf, write_huggingface
-from bitray.inference import evaluate, generate, perplexity
+from bitray.inference import evaluate, generate, perplexity, server
+from bitray.inference.engines import CheckpointEngine, Engine, GGUFEngine, generator_of
 from bitray.models.batch import IGNORED
 from bitray.models.loading import load_model, load_tokenizer
 from bitray.models.losses import LossModel
@@ -27,7 +29,7 @@ from bitray.pipeline.finish import model_card
 from bitray.pipeline.folders import resolve_checkpoint, run_of
 from bitray.pipeline.material import Material, tokenizer_of
 from bitray.pipeline.report import Table
-from bitray.pipeline.requests import Evaluation, Export, Generation
+from bitray.pipeline.requests import Evaluation, Export, Generation, Serving
 from bitray.pipeline.run import located
 from bitray.pipeline.session import ray_session
 from bitray.pipeline.worker import batches_of, read_evaluations
@@ -118,6 +120,29 @@ def generate_text(arguments: Generation) -> str:
     model, tokenizer = loaded(where)
     model.to(device_at_hand())  # type: ignore[arg-type]  # transformers types `to` away
     return arguments.prompt + generate(model, tokenizer, arguments.prompt, arguments.sampling)
+
+
+def serve_model(arguments: Serving) -> None:
+    """An OpenAI-style server over a checkpoint or a GGUF file, until somebody stops it."""
+    token = os.environ.get(server.TOKEN)
+    with server.listen(arguments.host, arguments.port, token) as sock:
+        engine, name = engine_of(arguments)
+        server.serve(engine, name, sock, token)
+
+
+def engine_of(arguments: Serving) -> tuple[Engine, str]:
+    """What is served, and its name."""
+    if arguments.model.endswith(".gguf"):
+        if arguments.mode != "autoregressive":
+            raise UserError(f"mode={arguments.mode}: llama.cpp runs GGUF files autoregressively")
+        if not Path(arguments.model).is_file():
+            raise UserError(f"model={arguments.model}: no such file")
+        return GGUFEngine(arguments.model, arguments.context), Path(arguments.model).stem
+    generator_of(arguments.mode)
+    where = resolve_checkpoint(arguments.model)
+    model, tokenizer = loaded(where)
+    model.to(device_at_hand())  # type: ignore[arg-type]  # transformers types `to` away
+    return CheckpointEngine(model, tokenizer, arguments.mode), arguments.model.rstrip("/")
 
 
 def export_checkpoint(arguments: Export) -> Any:

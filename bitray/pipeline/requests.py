@@ -42,6 +42,23 @@ class Generation(Inspection):
     sampling: Sampling = Sampling()
 
 
+class Serving(Composed):
+    """Arguments of `jobs/serve.py`. There are no groups: `model` is a file here."""
+
+    configs: ClassVar[Path] = Path("no groups")
+    default_groups: ClassVar[dict[str, str]] = {}
+
+    model: str
+    """A GGUF file; or a run, a stage, a checkpoint, a Hugging Face folder or id."""
+    mode: Literal["autoregressive", "diffusion"] = "autoregressive"
+    port: int = Field(default=8080, ge=0, le=65535)
+    """0 takes a free one."""
+    host: str = "127.0.0.1"
+    """Another address needs a token in the environment."""
+    context: int | None = Field(default=None, ge=8)
+    """Positions of the cache of a GGUF file; None: all that the model was made for."""
+
+
 class Export(Inspection):
     """Arguments of `jobs/export.py`."""
 
