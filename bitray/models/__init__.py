@@ -11,6 +11,8 @@ _HOME = {
     "family_of": "families",
     "to_bitnet": "convert",
     "is_bitnet": "convert",
+    "create_fake_moe": "moe",
+    "verify_moe_matches_dense": "moe",
     "build_model": "loading",
     "load_model": "loading",
     "load_teacher": "loading",

@@ -31,6 +31,7 @@ from transformers.initialization import no_init_weights
 from bitray import checkpoint, storage
 from bitray.models.convert import to_bitnet
 from bitray.models.families import family_of
+from bitray.models.moe import add_experts, experts_of
 from bitray.nn import bit_linears, set_strength
 from bitray.settings import UserError, nearest
 
@@ -80,7 +81,10 @@ def skeleton(files_dir: str | Path) -> PreTrainedModel:
         model = _from_config(config)
         ours = getattr(config, "bitray", None)
         if ours is not None:
-            to_bitnet(model, subln=ours.get("subln"))
+            if "subln" in ours or "moe" not in ours:
+                to_bitnet(model, subln=ours.get("subln"))
+            if experts := experts_of(config):
+                add_experts(model, experts)
     model.tie_weights()  # a part of the initialisation that was left out
     return model
 

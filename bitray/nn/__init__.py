@@ -11,6 +11,9 @@ _HOME = {
     "set_strength": "linear",
     "strength_of": "linear",
     "SubLN": "norm",
+    "MixtureOfExperts": "moe",
+    "TopKRouter": "moe",
+    "IdentityRouter": "moe",
 }
 __all__ = list(_HOME)
 
