@@ -22,6 +22,7 @@ from bitray.models.families import decoder_layers
 from bitray.models.logits import log_softmax, shared_log_softmax
 from bitray.models.packed import last_hidden, packed_inputs
 from bitray.nn.linear import compute_dtype
+from bitray.nn.moe import TopKRouter
 from bitray.settings import UserError
 
 
@@ -68,6 +69,8 @@ class LossModel(nn.Module):
         layer_terms: Sequence[Term] = (),
         teacher: TeacherOutput | None = None,
         sources: int = 0,
+        *,
+        router_terms: Sequence[Term] = (),
     ) -> tuple[Float[Tensor, ""], Metrics]:
         """`sum_i scale_i * sum_i` with gradient, and detached sums `{term}/sum`, `{term}/{metric}`.
 
@@ -76,7 +79,8 @@ class LossModel(nn.Module):
         any label runs like any other, so that collectives match: its loss and gradients are zeros.
         """
         layers = decoder_layers(self.model) if layer_terms else ()
-        with capturing(layers) as outputs:
+        routers: Iterable[nn.Module] = self._routers() if router_terms else ()
+        with capturing(layers) as outputs, capturing(routers) as routings:
             hidden = last_hidden(self.model, batch)
         metrics: Metrics = defaultdict(lambda: hidden.new_zeros((), dtype=torch.float32))
         if sources:
@@ -85,7 +89,19 @@ class LossModel(nn.Module):
         if layer_terms:
             assert teacher is not None, "layer terms need a teacher"
             loss = loss + self._layer_loss(outputs, batch, layer_terms, teacher, metrics)
+        for term in router_terms:
+            result = term.objective.on_routers(routings, batch.real.flatten())
+            loss = loss + _add_up(term, result, metrics)
         return loss, dict(metrics)
+
+    def _routers(self) -> list[TopKRouter]:
+        found = [module for module in self.model.modules() if isinstance(module, TopKRouter)]
+        if not found:
+            raise UserError(
+                "objectives.moe: the model has no router to balance; begin with one of "
+                "create_fake_moe, or leave the objective out"
+            )
+        return found
 
     def _head_loss(
         self,

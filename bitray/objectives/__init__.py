@@ -12,6 +12,7 @@ _HOMES = {
     "ContinuePretrain": "continue_pretrain",
     "HiddenDistill": "hidden_distill",
     "LogitsDistill": "logits_distill",
+    "MoE": "moe",
 }
 
 

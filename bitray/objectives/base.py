@@ -4,14 +4,16 @@ An objective returns *sums* over tokens; whoever calls it divides by counts take
 global batch, so that a loss does not depend on how the batch was cut up.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
 from bitray.models.batch import IGNORED, Batch
+from bitray.nn.moe import Routing
 from bitray.settings import Settings
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -24,8 +26,9 @@ Sums = dict[str, Tensor]
 class Objective(Settings):
     """Settings and behaviour of one term of the loss."""
 
-    kind: ClassVar[Literal["head", "layer"]]
-    """`head`: compares logits. `layer`: compares the outputs of decoder layers."""
+    kind: ClassVar[Literal["head", "layer", "router"]]
+    """`head`: compares logits. `layer`: compares the outputs of decoder layers. `router`: looks at
+    where experts' routers send tokens."""
     needs_teacher: ClassVar[bool] = False
 
     weight: Weight = 0.0
@@ -79,4 +82,20 @@ class LayerObjective(Objective):
         teacher_head: Float[Tensor, "vocab hidden"],
     ) -> tuple[Float[Tensor, ""], Sums]:
         """This layer's share of the sum over tokens (all add up to it), and sums to report."""
+        raise NotImplementedError
+
+
+class RouterObjective(Objective):
+    """An objective on what the routers of all layers of experts decide."""
+
+    kind = "router"
+
+    def count(self, batch: Batch) -> Int[Tensor, ""]:
+        """Real tokens: it does not matter where padding goes."""
+        return batch.real.sum()
+
+    def on_routers(
+        self, routings: Sequence[Routing], real: Bool[Tensor, " tokens"]
+    ) -> tuple[Float[Tensor, ""], Sums]:
+        """Sum over the real tokens, differentiable in the routings, and sums to report."""
         raise NotImplementedError

@@ -6,6 +6,7 @@ from bitray.objectives.base import Objective
 from bitray.objectives.continue_pretrain import ContinuePretrain
 from bitray.objectives.hidden_distill import HiddenDistill
 from bitray.objectives.logits_distill import LogitsDistill
+from bitray.objectives.moe import MoE
 from bitray.schedules import DistillationSchedule
 from bitray.settings import Settings
 
@@ -16,6 +17,7 @@ class Objectives(Settings):
     continue_pretrain: ContinuePretrain | None = ContinuePretrain()
     hidden_distill: HiddenDistill | None = None
     logits_distill: LogitsDistill | None = None
+    moe: MoE | None = None
 
     def named(self) -> Iterator[tuple[str, Objective]]:
         """Those that count, in the order of the fields."""
@@ -41,13 +43,14 @@ def combined_weights(
     step: int,
     total_steps: int,
 ) -> dict[str, float]:
-    """Weights at `step` of `(1-a) * layer objectives + a * head objectives`, those above 0 only.
+    """Weights at `step` of `(1-a) * layer objectives + a * head objectives`, those above 0 only;
+    balance of routers is beside that.
 
     `a` starts at `lm_loss_weight`; the schedule lowers `1-a` towards 0. None: no such combination.
     """
     weights = objectives.active(step, total_steps)
     if lm_loss_weight is not None:
         layers = schedule.share(step, total_steps, 1 - lm_loss_weight)
-        part = {"layer": layers, "head": 1 - layers}
+        part = {"layer": layers, "head": 1 - layers, "router": 1.0}
         weights = {name: w * part[getattr(objectives, name).kind] for name, w in weights.items()}
     return {name: weight for name, weight in weights.items() if weight > 0}

@@ -176,7 +176,7 @@ class Loop:
         return counts
 
     def _forward_backward(self, each: Pass, scales: dict[str, float]) -> None:
-        terms = {"head": [], "layer": []}  # type: dict[str, list[Term]]
+        terms = {"head": [], "layer": [], "router": []}  # type: dict[str, list[Term]]
         needs_teacher = False
         for name in each.names:
             objective = getattr(self.settings.objectives, name)
@@ -189,7 +189,7 @@ class Loop:
         sources = len(self.sources) if "continue_pretrain" in each.names else 0
         with self.autocast:
             arguments = (terms["head"], terms["layer"], output, sources)
-            loss, metrics = self.model(each.view, *arguments)
+            loss, metrics = self.model(each.view, *arguments, router_terms=terms["router"])
         loss.backward()
         if sources:
             self.source_sums[1:] += metrics.pop("by_source")
