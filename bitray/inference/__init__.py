@@ -8,6 +8,8 @@ _WHERE = {
     "perplexity": "evaluation",
     "generate": "generation",
     "Sampling": "settings",
+    "Task": "settings",
+    "LMEval": "settings",
 }
 __all__ = list(_WHERE)
 

@@ -1,7 +1,8 @@
-"""Settings of what a model says."""
+"""Settings of what a model says, and of what it is asked."""
 
 from pydantic import Field
 
+from bitray.data.rows import RowSettings
 from bitray.settings import Settings
 
 
@@ -16,3 +17,30 @@ class Sampling(Settings):
     top_p: float = Field(default=0.95, gt=0, le=1)
     """Only the most likely tokens that together have this probability."""
     seed: int = 0
+
+
+class Task(RowSettings):
+    """Prompts and their right completions: a choice among a few, or text to be written."""
+
+    path: str
+    """Folder, file or glob as of a source of files."""
+    prompt: str | None = "{prompt}"
+    completion: str | None = "{completion}"
+    choices: tuple[str, ...] = ()
+    """Completions that are compared; empty: one for each of `labels`, or else text is written."""
+    rows: int = Field(default=200, ge=1)
+    """At most so many."""
+    max_new_tokens: int = Field(default=128, ge=1)
+    """Of text that is written."""
+
+
+class LMEval(Settings):
+    """Tasks of the library lm-eval (EleutherAI's evaluation harness), when it is installed."""
+
+    tasks: tuple[str, ...] = ()
+    include_path: str | None = None
+    """A folder with task files of one's own."""
+    num_fewshot: int | None = Field(default=None, ge=0)
+    """None: as each task says."""
+    limit: int | None = Field(default=None, ge=1)
+    """Documents of each task; None: all."""

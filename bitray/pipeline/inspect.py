@@ -19,6 +19,7 @@ from bitray.data.shards import Shards, held_out
 from bitray.data.tokenizer import check_vocabulary
 from bitray.export import write_gguf, write_huggingface
 from bitray.inference import evaluate, generate, perplexity, server
+from bitray.inference.downstream import ask, lm_eval
 from bitray.inference.engines import CheckpointEngine, Engine, GGUFEngine, generator_of
 from bitray.models.batch import IGNORED
 from bitray.models.loading import load_model, load_tokenizer
@@ -55,10 +56,34 @@ def loaded(where: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
-def evaluate_checkpoint(arguments: Evaluation) -> Table:
-    """Loss and perplexity per domain."""
+def evaluate_checkpoint(arguments: Evaluation) -> list[Table]:
+    """Tables: loss and perplexity per domain, and how well the model does the tasks that it is
+    asked."""
     where = resolve_checkpoint(arguments.checkpoint)
-    model, _ = loaded(where)
+    model, tokenizer = loaded(where)
+    asked = bool(arguments.tasks or arguments.lm_eval.tasks)
+    tables = [] if asked and arguments.data is None else [_losses(arguments, where, model)]
+    model.to(device_at_hand())  # type: ignore[arg-type]  # transformers types `to` away
+    if asked:
+        tables.append(_tasks(arguments, model, tokenizer))
+    return tables
+
+
+def _tasks(
+    arguments: Evaluation, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Table:
+    found = [
+        (name, metric, f"{value:.4f}" if metric != "rows" else str(value))
+        for name, task in arguments.tasks.items()
+        for metric, value in ask(model, tokenizer, name, task).items()
+    ]
+    if arguments.lm_eval.tasks:
+        theirs = lm_eval(model, tokenizer, arguments.lm_eval, arguments.batch_size)
+        found += [(name, metric, f"{value:.4f}") for name, metric, value in theirs]
+    return Table(("task", "metric", "value"), found)
+
+
+def _losses(arguments: Evaluation, where: str, model: PreTrainedModel) -> Table:
     data, length, root = _held_out_data(arguments, where, model.config.max_position_embeddings)
     manifest = read_manifest(root)
     if manifest is None:
@@ -124,7 +149,7 @@ def generate_text(arguments: Generation) -> str:
 
 def serve_model(arguments: Serving) -> None:
     """An OpenAI-style server over a checkpoint or a GGUF file, until somebody stops it."""
-    token = os.environ.get(server.TOKEN)
+    token = os.environ.get(server.TOKEN) or None
     with server.listen(arguments.host, arguments.port, token) as sock:
         engine, name = engine_of(arguments)
         server.serve(engine, name, sock, token)

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from bitray.data import DataSettings
 from bitray.export import GGUFType
-from bitray.inference import Sampling
+from bitray.inference import LMEval, Sampling, Task
 from bitray.settings import Composed
 
 
@@ -32,6 +32,9 @@ class Evaluation(Inspection):
     """At most so many rows per domain."""
     batch_size: int = Field(default=8, ge=1)
     output_dir: str = "runs"
+    tasks: dict[str, Task] = {}
+    """Prompts and right completions, by name; with them `data` is evaluated only if it is named."""
+    lm_eval: LMEval = LMEval()
 
 
 class Generation(Inspection):
