@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bitray.inference import generation
 from bitray.inference.settings import Sampling
+from bitray.nn.frozen import freeze
 from bitray.settings import UserError
 
 Message = dict[str, str]
@@ -53,13 +54,15 @@ def generator_of(mode: str) -> Generate:
 
 
 class CheckpointEngine:
-    """A model of ours or of Hugging Face, by our own generation."""
+    """A model of ours or of Hugging Face, by our own generation. It keeps the model, without the
+    master weights of a ternary one."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mode: str
     ) -> None:
-        self.model, self.tokenizer = model.eval(), tokenizer
         self.generate = generator_of(mode)
+        freeze(model)
+        self.model, self.tokenizer = model.eval(), tokenizer
         self.context = model.config.max_position_embeddings
         self.vocabulary = model.config.vocab_size
 
@@ -143,7 +146,11 @@ class GGUFEngine:
         return "" if number < 0 else self.llama.detokenize([number], special=True).decode()
 
     def tokens(self, ids: list[int], sampling: Sampling) -> Iterator[int]:
-        generation.check_room(len(ids), sampling.max_new_tokens, self.context)
+        if len(ids) + sampling.max_new_tokens > self.context:
+            raise UserError(
+                f"prompt of {len(ids)} tokens and max_new_tokens={sampling.max_new_tokens} do not "
+                f"fit into the cache's {self.context} positions"
+            )
         self.llama.set_seed(sampling.seed)
         drawn = self.llama.generate(
             ids,

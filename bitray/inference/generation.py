@@ -36,20 +36,16 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return [start]
 
 
-def check_room(prompt: int, new: int, positions: int) -> None:
-    """`UserError` where prompt and continuation are longer than the model can see."""
-    if prompt + new > positions:
-        raise UserError(
-            f"prompt of {prompt} tokens and max_new_tokens={new} do not fit into the model's "
-            f"{positions} positions"
-        )
-
-
 def tokens(
     model: PreTrainedModel, ids: list[int], sampling: Sampling, end: int | None
 ) -> Iterator[int]:
     """New token ids, one at a time."""
-    check_room(len(ids), sampling.max_new_tokens, model.config.max_position_embeddings)
+    limit = model.config.max_position_embeddings
+    if len(ids) + sampling.max_new_tokens > limit:
+        raise UserError(
+            f"prompt of {len(ids)} tokens and max_new_tokens={sampling.max_new_tokens} do not fit "
+            f"into the model's {limit} positions"
+        )
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(sampling.seed)
     cache, inputs = DynamicCache(config=model.config), torch.tensor([ids], device=device)

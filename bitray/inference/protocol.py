@@ -6,7 +6,7 @@ A field that would change an answer and is not here is refused, not ignored.
 import random
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -129,17 +129,20 @@ class ChatRequest(Ask):
 # ------------------------------------------------------------------------------------------ answers
 
 
+Finish = Literal["stop", "length"]
+
+
 class Piece(NamedTuple):
     """Text that is ready to be sent, why it was the last, and tokens drawn so far."""
 
     text: str
-    finish: Literal["stop", "length"] | None
+    finish: Finish | None
     tokens: int
 
 
 def speak(
     engine: Engine, ids: list[int], sampling: Sampling, stops: Sequence[str]
-) -> Iterator[Piece]:
+) -> Generator[Piece]:
     """An answer in pieces, the last of which says why it ends.
 
     Text that may yet turn out otherwise is held back: an incomplete character, or what may be the
@@ -158,7 +161,7 @@ def speak(
         if ready > sent:
             yield Piece(text[sent:ready], None, len(drawn))
             sent = ready
-    finish = "length" if len(drawn) == sampling.max_new_tokens else "stop"
+    finish: Finish = "length" if len(drawn) == sampling.max_new_tokens else "stop"
     yield Piece(engine.decode(drawn)[sent:], finish, len(drawn))
 
 

@@ -9,7 +9,7 @@ import hmac
 import json
 import logging
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any
@@ -132,7 +132,7 @@ class Server:
         except UserError as error:
             raise Refusal(400, str(error), "invalid_value") from None
 
-    async def _pieces(self, ids: list[int], ask: Ask) -> AsyncIterator[Piece]:
+    async def _pieces(self, ids: list[int], ask: Ask) -> AsyncGenerator[Piece]:
         """Made in the worker's thread, one after the other; closed there too."""
         sampling = ask.sampling(self.engine.context - len(ids))
         pieces = speak(self.engine, ids, sampling, ask.stops)

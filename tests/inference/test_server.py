@@ -4,8 +4,10 @@ Answers are compared with what the engine's model says when it is asked without 
 """
 
 import asyncio
+import http.client
 import json
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -21,10 +23,12 @@ from bitray.data.tokenizer import train_tokenizer
 from bitray.export import write_gguf
 from bitray.inference import Sampling
 from bitray.inference.engines import CheckpointEngine, Engine, GGUFEngine
-from bitray.inference.generation import generate
+from bitray.inference.generation import generate, tokens
 from bitray.inference.protocol import speak
 from bitray.inference.server import Server, listen
+from bitray.models.convert import to_bitnet
 from bitray.models.loading import build_model
+from bitray.nn import bit_linears
 from bitray.settings import UserError
 
 TEMPLATE = (
@@ -32,6 +36,12 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 POSITIONS = 96
+CONFIG = {
+    "model_type": "llama", "vocab_size": 280, "hidden_size": 64, "intermediate_size": 128,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": POSITIONS, "initializer_range": 0.3,
+}  # fmt: skip
+JSON = {"Content-Type": "application/json"}
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +55,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def model() -> PreTrainedModel:
     """Dense: llama.cpp's rounding of activations would draw other tokens."""
     torch.manual_seed(0)
-    config = {
-        "model_type": "llama", "vocab_size": 280, "hidden_size": 64, "intermediate_size": 128,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "max_position_embeddings": POSITIONS, "initializer_range": 0.3,
-    }  # fmt: skip
-    return build_model(config)
+    return build_model(CONFIG)
 
 
 @pytest.fixture(scope="module", params=["checkpoint", "gguf"])
@@ -76,8 +81,7 @@ class Running(NamedTuple):
     def ask(self, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
         """Status and JSON (or the text of a stream)."""
         data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json", **headers}
-        request = urllib.request.Request(self.url + path, data, headers)
+        request = urllib.request.Request(self.url + path, data, {**JSON, **headers})
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 text = answer.read().decode()
@@ -308,6 +312,33 @@ def test_a_failing_model_is_an_error_in_json(
         assert server.ask("/v1/models")[0] == 200, "it goes on"
 
 
+def test_nobody_draws_on_for_a_client_that_has_gone(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    drawn: list[int] = []
+
+    class Slow(CheckpointEngine):
+        def tokens(self, ids: list[int], sampling: Sampling) -> Iterator[int]:
+            for token in super().tokens(ids, sampling):
+                time.sleep(0.02)
+                drawn.append(token)
+                yield token
+
+    for server in start(Slow(model, tokenizer, "autoregressive")):
+        host = server.url.removeprefix("http://")
+        for stream in (True, False):
+            drawn.clear()
+            body = {"prompt": "def", "max_tokens": 80, "temperature": 0, "stream": stream}
+            client = http.client.HTTPConnection(host, timeout=60)
+            client.request("POST", "/v1/completions", json.dumps(body), JSON)
+            while not drawn:
+                time.sleep(0.01)
+            client.close()
+            short = {"prompt": "def", "max_tokens": 1}
+            assert server.ask("/v1/completions", short)[0] == 200, "the next one has its turn"
+            assert len(drawn) < 40
+
+
 def test_text_is_sent_when_nothing_can_change_it() -> None:
     """A letter of two bytes, the beginning of a stop that comes to nothing, and one that comes."""
     said = ["a", "\ufffd", "é", "E", "N", "X", "EN", "D", "z"]
@@ -326,6 +357,23 @@ def test_text_is_sent_when_nothing_can_change_it() -> None:
     pieces = list(speak(Scripted(), [0], Sampling(max_new_tokens=99), ["END"]))  # type: ignore[arg-type]
     assert [piece.text for piece in pieces] == ["a", "é", "ENX", ""]
     assert pieces[-1].finish == "stop" and pieces[-1].tokens == 8
+
+
+@pytest.mark.parametrize("subln", ["none", "paper"])
+def test_a_ternary_model_speaks_as_before_without_its_masters(
+    tokenizer: PreTrainedTokenizerFast, subln: str
+) -> None:
+    torch.manual_seed(0)
+    ternary = to_bitnet(build_model(CONFIG), subln)
+    sampling = Sampling(temperature=0, max_new_tokens=20)
+    expected = list(tokens(ternary, [5, 17, 60], sampling, tokenizer.eos_token_id))
+    weights = sum(layer.weight.numel() for layer in bit_linears(ternary))
+    engine = CheckpointEngine(ternary, tokenizer, "autoregressive")
+    assert list(engine.tokens([5, 17, 60], sampling)) == expected
+    kept = sum(p.numel() for p in engine.model.parameters())
+    assert kept + weights == sum(
+        p.numel() for p in to_bitnet(build_model(CONFIG), subln).parameters()
+    )
 
 
 def test_there_is_no_such_mode_yet_or_ever(
