@@ -111,7 +111,7 @@ class Server:
 
     def _answering(self, kind: type[Ask]) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def handle(request: web.Request) -> web.StreamResponse:
-            ask = parsed(kind, await request.text())
+            ask = parsed(kind, await request.read())
             self._check_name(ask.model)
             async with self.turn:
                 return await self._answer(request, ask)
@@ -174,7 +174,7 @@ async def _stream(
     return response
 
 
-def parsed(kind: type[Ask], body: str) -> Ask:
+def parsed(kind: type[Ask], body: bytes) -> Ask:
     """What a body asks for, or a refusal that names the field."""
     try:
         return kind.model_validate_json(body)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,13 +14,16 @@ from bitray.data.tokenizer import train_tokenizer
 from bitray.inference import LMEval, Sampling, Task, generate
 from bitray.inference.downstream import ask, lm_eval
 from bitray.inference.rouge import rouge
+from bitray.models.batch import Batch
 from bitray.models.convert import to_bitnet
 from bitray.models.loading import build_model
+from bitray.models.losses import LossModel, Term
 from bitray.nn import set_strength, strength_of
+from bitray.objectives import ContinuePretrain
 from bitray.settings import UserError
 
 CHOICES = (" good", " bad", " neither of them", " one")
-PROMPTS = [f"review {k}: so it was {w}" for k, w in enumerate(["fine", "dull", "long", "odd"] * 5)]
+PROMPTS = [f"review {k}: so it was {w}" for k, w in enumerate(["fine", "dull", "long", "odd"] * 2)]
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +71,11 @@ def test_the_likeliest_completion_is_chosen(
     answers = [best[p] if k % 4 else (best[p] + 1) % 4 for k, p in enumerate(PROMPTS)]
     rows = [{"prompt": p, "completion": CHOICES[a]} for p, a in zip(PROMPTS, answers, strict=True)]
     expected = {
-        "rows": 20,
+        "rows": 8,
         "accuracy": 0.75,
         "accuracy_norm": sum(per_character[p] == a for p, a in zip(PROMPTS, answers, strict=True))
-        / 20,
-        "majority": max(answers.count(c) for c in range(4)) / 20,
+        / 8,
+        "majority": max(answers.count(c) for c in range(4)) / 8,
     }
     set_strength(model, 0.25)
     task = Task(path=write(tmp_path / "t.jsonl", rows), choices=CHOICES)
@@ -104,6 +108,36 @@ def test_a_long_prompt_loses_its_beginning(
     scores = [likelihood(model, kept, tokenizer(c)["input_ids"]) for c in CHOICES]
     task = Task(path=write(tmp_path / "t.jsonl", rows), choices=CHOICES)
     assert ask(model, tokenizer, "t", task)["accuracy"] == float(max(scores) == scores[0])
+
+
+def test_fine_tuning_on_pairs_teaches_the_task(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Half of the pairs are trained on as training does, prompts masked; the others are asked."""
+    pairs = [
+        (f"{k} a fine {word} thing:", f" {mood}")
+        for k in range(40)
+        for word, mood in (("review", "good"), ("one", "bad"))
+    ]
+    task = Task(
+        path=write(tmp_path / "t.jsonl", [{"prompt": p, "completion": c} for p, c in pairs[40:]]),
+        choices=(" good", " bad"),
+    )
+    assert ask(model, tokenizer, "t", task)["accuracy"] < 0.8
+    ids = [[tokenizer(text)["input_ids"] for text in pair] for pair in pairs[:40]]
+    width = max(len(p) + len(c) for p, c in ids)
+    rows = np.array([p + c + [0] * (width - len(p) - len(c)) for p, c in ids])
+    batch = Batch.from_rows(
+        rows, [[len(p) + len(c)] for p, c in ids], [0] * 40, [[len(p)] for p, _ in ids]
+    )
+    wrapped, objective = LossModel(model), ContinuePretrain()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(40):
+        scale = 1 / objective.count(batch)
+        wrapped(batch, [Term("ce", objective, scale)])[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert ask(model, tokenizer, "t", task)["accuracy"] > 0.95
 
 
 def test_written_text_is_compared_with_the_right_one(
@@ -186,7 +220,7 @@ def test_lm_eval_finds_the_same_on_a_local_task(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     pytest.importorskip("lm_eval")
-    labels = [int(k % 3 == 0) for k in range(20)]
+    labels = [int(k % 3 == 0) for k in range(len(PROMPTS))]
     rows: list[dict[str, object]] = [
         {"prompt": p, "label": a, "completion": (" good", " bad")[a]}
         for p, a in zip(PROMPTS, labels, strict=True)

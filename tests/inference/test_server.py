@@ -261,6 +261,14 @@ def test_a_bad_request_is_told_in_json(  # noqa: PLR0917 - the columns of the ta
     assert told in error["message"] and "\n" not in error["message"]
 
 
+@pytest.mark.parametrize("body", [b"", b"{", b'{"prompt": "\xff"}'])
+def test_a_body_that_is_no_json_is_told_so(server: Running, body: bytes) -> None:
+    request = urllib.request.Request(f"{server.url}/v1/completions", body, JSON)
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=60)
+    assert caught.value.code == 400 and json.loads(caught.value.read())["error"]["message"]
+
+
 def test_fields_that_ask_for_nothing_are_let_pass(server: Running) -> None:
     neutral = {"frequency_penalty": 0, "presence_penalty": 0.0, "logprobs": None, "echo": False}
     assert server.ask("/v1/completions", {"prompt": "a", "max_tokens": 1, **neutral})[0] == 200
