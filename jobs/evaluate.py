@@ -6,6 +6,13 @@ examples:
   python jobs/evaluate.py checkpoint=HuggingFaceTB/SmolLM2-135M data=local \\
       data.sources.mine.path=/data/mine max_seq_length=512
       any model, any data
+  python jobs/evaluate.py checkpoint=runs/bitray_demo tasks.mood.path=mood.jsonl \\
+      tasks.mood.choices='[" good", " bad"]' tasks.sums.path=sums.jsonl
+      {"prompt": ..., "completion": ...} a line: accuracy among choices, else ROUGE of written text
+  python jobs/evaluate.py checkpoint=runs/bitray_demo tasks=downstream
+      GLUE and CNN-DailyMail, of the Hub
+  python jobs/evaluate.py checkpoint=runs/bitray_demo lm_eval.tasks='[arc_easy]'
+      by the library lm-eval, if it is installed
 """
 
 from bitray.pipeline.cli import Arguments, job
@@ -16,7 +23,7 @@ def main(arguments: Arguments) -> None:
     request = Evaluation.load(arguments.config, arguments.words)
     from bitray.pipeline.inspect import evaluate_checkpoint
 
-    print(evaluate_checkpoint(request).text())
+    print("\n\n".join(table.text() for table in evaluate_checkpoint(request)))
 
 
 if __name__ == "__main__":

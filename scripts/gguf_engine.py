@@ -61,7 +61,7 @@ def i2_s_product(x: np.ndarray, codes: np.ndarray, scale: float) -> np.ndarray:
 
 
 class Engine:
-    """Logits of a file of architecture llama, bitnet, qwen2 or qwen3."""
+    """Logits of a file of architecture llama, bitnet, qwen2, qwen3 or qwen3moe."""
 
     def __init__(self, path: str | Path, int8: bool = False) -> None:
         """`int8`: activations of I2_S layers as bitnet.cpp has them, else in floating point."""
@@ -88,7 +88,9 @@ class Engine:
         else:
             values = decode(data, count) if decode else self.file.floats(name).astype(np.float64)
         scale_name = name.removesuffix("weight") + "scale"
-        factor = self.file.floats(scale_name)[0] if scale_name in self.file.tensors else 1.0
+        factor = self.file.floats(scale_name) if scale_name in self.file.tensors else np.ones(1)
+        if len(record.shape) == 3:  # of experts, each of which has its own
+            factor = factor[:, None, None]
         return values.reshape(record.shape) * factor
 
     def linear(self, x: np.ndarray, name: str) -> np.ndarray:
@@ -141,7 +143,25 @@ class Engine:
             self.optional_norm(out, f"{block}.attn_sub_norm"), f"{block}.attn_output"
         )
 
+    def experts(self, x: np.ndarray, block: str) -> np.ndarray:
+        """Softmax, the k largest, made to sum to 1; each token through its own."""
+        router = self.linear(x, f"{block}.ffn_gate_inp")
+        likely = np.exp(router - router.max(-1, keepdims=True))
+        gate, up, down = (
+            self.matrix(f"{block}.ffn_{n}_exps.weight") for n in ("gate", "up", "down")
+        )
+        out = np.zeros_like(x)
+        for t, token in enumerate(x):
+            chosen = np.argsort(-likely[t], kind="stable")[: self.key("expert_used_count")]
+            for e in chosen:
+                a = gate[e] @ token
+                share = likely[t, e] / likely[t, chosen].sum()
+                out[t] += share * (down[e] @ (a / (1 + np.exp(-a)) * (up[e] @ token)))
+        return out
+
     def mlp(self, x: np.ndarray, block: str) -> np.ndarray:
+        if f"{block}.ffn_gate_inp.weight" in self.file.tensors:
+            return self.experts(x, block)
         gate, up = self.linear(x, f"{block}.ffn_gate"), self.linear(x, f"{block}.ffn_up")
         hidden = gate / (1 + np.exp(-gate)) * up
         return self.linear(self.optional_norm(hidden, f"{block}.ffn_sub_norm"), f"{block}.ffn_down")

@@ -9,7 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bitray.export.tokenizer import SPLIT
-from bitray.models import build_model, to_bitnet
+from bitray.models import build_model, create_fake_moe, to_bitnet
 
 _PRE = {
     "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
@@ -88,18 +88,33 @@ MADE: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "qwen3": ("qwen2", "none", {"model_type": "qwen3", "head_dim": 128}),
 }  # fmt: skip
+WITH_EXPERTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama, copied experts": ("gpt-2", "none", {"model_type": "llama"}),
+    "llama, identity router": ("gpt-2", "none", {"model_type": "llama"}),
+    "llama, experts": ("gpt-2", "none", {"model_type": "llama", **_NARROW}),
+    "qwen2, experts": ("qwen2", "none", {"model_type": "qwen2"}),
+    "qwen3, experts": ("qwen2", "none", {"model_type": "qwen3", "head_dim": 128}),
+}
+"""Experts are copies where the name says so or nothing but copies will do."""
 
 
 def make_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A small random model; random gains and biases, so that none of them can be lost unseen."""
-    pre, subln, fields = MADE[name]
+    pre, subln, fields = {**MADE, **WITH_EXPERTS}[name]
     torch.manual_seed(0)
     model = to_bitnet(build_model({**_SMALL, **fields}), subln=subln).eval()
+    if name in WITH_EXPERTS:
+        router = "identity" if "identity" in name else "top_k"
+        model = create_fake_moe(model, num_experts=4, top_k=2, router=router)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 center = 0.0 if parameter_name.endswith("bias") else 1.0
                 parameter.copy_(center + 0.2 * torch.randn_like(parameter))
+            elif "router" in parameter_name or (
+                name.endswith(", experts") and "mlp" in parameter_name
+            ):
+                parameter.copy_(parameter.std() * torch.randn_like(parameter))
             elif "embed_tokens" in parameter_name:
                 parameter.mul_(4.0)  # keeps the noise of int8 activations from being amplified
     return model, make_tokenizer(pre)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bitray import Config
+from bitray.pipeline.requests import Evaluation
 
 ROOT = Path(__file__).parent.parent
 WITH_RAY = ("bitray/pipeline/", "bitray/tuning/", "bitray/data/prepare.py", "bitray/data/actor.py",
@@ -53,6 +54,13 @@ def test_every_preset_loads(group: str, name: str) -> None:
 @pytest.mark.parametrize(("group", "name"), choices("training"))
 def test_every_stage_preset_loads_and_runs_alone(group: str, name: str) -> None:
     assert len(Config.load(overrides=[f"training={name}"]).stages) == 1
+
+
+@pytest.mark.parametrize(("group", "name"), choices("tasks"))
+def test_every_set_of_tasks_loads(group: str, name: str) -> None:
+    tasks = Evaluation.load(None, ["checkpoint=x", f"{group}={name}"]).tasks
+    assert tasks["sst2"].answers == (" negative", " positive")
+    assert tasks["cnn_dailymail"].answers == (), "text to be written"
 
 
 def test_presets_have_a_first_line_of_help() -> None:

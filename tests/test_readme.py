@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from bitray import Config
-from bitray.pipeline.requests import Evaluation, Export, Generation
+from bitray.pipeline.requests import Evaluation, Export, Generation, Serving
 from bitray.settings import Composed
 
 ROOT = Path(__file__).parent.parent
 JOBS: dict[str, type[Composed]] = {
     "pretrain": Config, "prepare": Config, "evaluate": Evaluation, "generate": Generation,
-    "export": Export,
+    "export": Export, "serve": Serving,
 }  # fmt: skip
 
 

@@ -118,6 +118,15 @@ class RowSettings(Settings):
             used = [column for _, column in places if column is not None]
         return list(dict.fromkeys([*used, *self.filters]))
 
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The completion with each label in its one place; none where there are no labels."""
+        columns = [column for _, column in self._completion if column] if self.labels else []
+        if len(columns) != 1:
+            return ()
+        every = range(len(self.labels))
+        return tuple(_filled(self._completion, {columns[0]: k}, self.labels) for k in every)
+
     def found(self, place: str, row: Callable[[], Row]) -> Found:
         """The document of a row, or what is wrong with it. A lone surrogate cannot be encoded."""
         try:

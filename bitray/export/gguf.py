@@ -99,6 +99,10 @@ def _add_model(writer: GGUFWriter, model: PreTrainedModel, plan: Plan) -> None:
     writer.add_key_length(padded.head_dim)
     writer.add_value_length(padded.head_dim)
     writer.add_layer_norm_rms_eps(eps_of(model, plan.layout))
+    if plan.experts:
+        writer.add_expert_count(plan.experts.num_experts)
+        writer.add_expert_used_count(plan.experts.top_k)
+        writer.add_expert_feed_forward_length(padded.ffn)
     if plan.kind.ternary:
         writer.add_quantization_version(2)
 

@@ -23,6 +23,7 @@ from bitray.export.plan import check_ternary, dims_of, subln_of
 from bitray.export.publish import published_folder
 from bitray.export.report import Checked, ExportError, Report
 from bitray.models.families import decoder_layers, family_of, norm_eps
+from bitray.models.moe import experts_of
 from bitray.nn import BitLinear
 from bitray.settings import UserError, nearest
 
@@ -87,6 +88,10 @@ def _form(model: PreTrainedModel) -> Form:
     `bitnet`: BitNetForCausalLM. The others are the model's own class: `plain` without SubLN, with
     an RMSNorm in every quantised layer (transformers has it in all or in none) otherwise.
     """
+    if experts_of(model.config):
+        raise UserError(
+            "export: transformers has no ternary class with these experts; export with format=gguf"
+        )
     subln = subln_of(model)
     if subln == "none":
         return "plain"

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,14 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from bitray.export.layout import Dims, Layout, Rules, pad
 from bitray.export.packing import FileType, file_type
-from bitray.models.families import Family, decoder_layers, family_of, norm_eps
+from bitray.models.families import (
+    Family,
+    decoder_layers,
+    expert_paths,
+    family_of,
+    norm_eps,
+)
+from bitray.models.moe import Experts, experts_of
 from bitray.nn import BitLinear, bit_linears
 from bitray.settings import UserError
 
@@ -24,9 +31,10 @@ class Architecture:
 
     `square`: the output projection is [hidden, hidden]. `biases`: projections that may have one.
     `untied`: whether it reads a separate output head. `rope_factors`: whether it reads
-    `rope_freqs.weight`. `tensor_scales`: whether it multiplies *every* projection by its `.scale`
-    tensor. qwen2 does so for attention only and would silently compute garbage in its MLP (tried
-    with llama-cpp-python 0.3.36), so there the scale has to lie in the blocks, in f16.
+    `rope_freqs.weight`. `rotary_pairs`: whether its rotary embedding turns neighbours, so that rows
+    of q and k have to be interleaved. `tensor_scales`: whether it multiplies *every* projection by
+    its `.scale` tensor. qwen2 does so for attention only and would silently compute garbage in its
+    MLP (tried with llama-cpp-python 0.3.36), so there the scale has to lie in the blocks, in f16.
     """
 
     name: str
@@ -34,6 +42,7 @@ class Architecture:
     biases: frozenset[str] = frozenset()
     untied: bool = True
     rope_factors: bool = False
+    rotary_pairs: bool = False
     tensor_scales: bool = True
 
 
@@ -41,12 +50,17 @@ ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
         Architecture("llama", biases=frozenset({"q", "k", "v", "o", "gate", "up", "down"}),
-                     rope_factors=True),
+                     rope_factors=True, rotary_pairs=True),
         Architecture("bitnet", square=True, untied=False),
         Architecture("qwen2", square=True, biases=frozenset({"q", "k", "v"}), tensor_scales=False),
         Architecture("qwen3"),
     )
 }  # fmt: skip
+WITH_EXPERTS = {
+    "llama": replace(ARCHITECTURES["llama"], biases=frozenset({"q", "k", "v", "o"})),
+    "qwen3moe": replace(ARCHITECTURES["qwen3"], name="qwen3moe"),
+}
+"""Those that route tokens to the k likeliest experts with weights that sum to 1."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,7 @@ class Plan:
     family: Family
     layout: Layout
     subln: bool
+    experts: Experts | None
     scale_tensors: bool
     """Whether fp32 scales lie in tensors of their own, with block scales of 1."""
 
@@ -68,8 +83,9 @@ def short_name(path: str) -> str:
 
 
 def projections(layer: nn.Module, family: Family) -> dict[str, nn.Linear | BitLinear]:
-    """The projections of a decoder layer by their short names."""
-    return {short_name(path): layer.get_submodule(path) for path in family.projections}
+    """The projections of a decoder layer by their short names; of experts, those of the first."""
+    paths = [expert_paths(layer, path)[0] for path in family.projections]
+    return {short_name(path): layer.get_submodule(path) for path in paths}
 
 
 def subln_of(model: nn.Module) -> str:
@@ -134,7 +150,8 @@ def plan(model: PreTrainedModel, type: str, subln: str | None = None) -> Plan:
     """
     kind, family = file_type(type), family_of(model)
     subln = subln_of(model) if subln is None else subln
-    architecture = _architecture(family, subln)
+    experts = experts_of(model.config)
+    architecture = _architecture(family, subln, experts, kind)
     _check_expressible(model, architecture)
     return Plan(
         kind=kind,
@@ -142,6 +159,7 @@ def plan(model: PreTrainedModel, type: str, subln: str | None = None) -> Plan:
         family=family,
         layout=_layout(model, kind, family, architecture, subln != "none"),
         subln=subln != "none",
+        experts=experts,
         scale_tensors=_scale_tensors(model, kind, architecture),
     )
 
@@ -175,7 +193,11 @@ def _skeleton(model_or_config: PreTrainedModel | PretrainedConfig) -> PreTrained
         return AutoModelForCausalLM.from_config(model_or_config)
 
 
-def _architecture(family: Family, subln: str) -> Architecture:
+def _architecture(
+    family: Family, subln: str, experts: Experts | None, kind: FileType
+) -> Architecture:
+    if experts is not None:
+        return _architecture_with_experts(family, subln, kind)
     if subln == "none":
         return ARCHITECTURES[family.gguf]
     if subln == "all":
@@ -189,6 +211,21 @@ def _architecture(family: Family, subln: str) -> Architecture:
             "with subln='none', or export with format=huggingface"
         )
     return ARCHITECTURES[family.gguf_subln]
+
+
+def _architecture_with_experts(family: Family, subln: str, kind: FileType) -> Architecture:
+    if subln != "none":
+        raise UserError(
+            "export: no GGUF architecture has a SubLN inside its experts; convert with "
+            "subln='none' before the MLPs become experts"
+        )
+    if kind.name == "i2_s":
+        raise UserError(
+            "export: i2_s holds one scale for a tensor, and a tensor of experts needs one for each "
+            "of them; use type=tq2_0 or tq1_0"
+        )
+    assert family.gguf_moe is not None, family
+    return WITH_EXPERTS[family.gguf_moe]
 
 
 def _check_expressible(model: PreTrainedModel, architecture: Architecture) -> None:
@@ -242,7 +279,7 @@ def _layout(
         raise UserError(
             f"export: {_misfit(dims, kind, rules)} for architecture '{architecture.name}'"
         )
-    return Layout(dims, padded, rotary_pairs=family.permute_qk and not subln)
+    return Layout(dims, padded, rotary_pairs=architecture.rotary_pairs)
 
 
 def _misfit(dims: Dims, kind: FileType, rules: Rules) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 
 from bitray.export.entries import Entry, quantized
 from bitray.export.layout import PROJECTION_AXES
-from bitray.export.packing import rounded, unpack
+from bitray.export.packing import Bytes, Codes, rounded, unpack
 from bitray.export.plan import Plan
 from bitray.export.reader import GGUF, read_gguf
 from bitray.export.report import Checked, ExportError
@@ -28,14 +28,13 @@ def check_gguf(path: str | Path, entries: Sequence[Entry], plan: Plan) -> Checke
     for entry in entries:
         if file.tensors[entry.name].shape != entry.shape:
             raise ExportError(f"{path}: {entry.name} has shape {file.tensors[entry.name].shape}")
-        if entry.layer is None:
+        if not entry.layers:
             _expect(path, entry.name, np.array_equal(file.raw(entry.name), entry.data()))
             continue
-        codes, scale = quantized(entry.layer)
-        _check_codes(file, entry, plan, codes)
-        _check_scale(file, entry, plan, scale, bool(codes.any()))
-        ternary, weights = ternary + 1, weights + codes.size
-        zeros += codes.size - int(np.count_nonzero(codes))
+        for number, raw in enumerate(np.split(file.raw(entry.name), len(entry.layers))):
+            codes = _check_layer(file, entry, plan, number, raw)
+            ternary, weights = ternary + 1, weights + codes.size
+            zeros += codes.size - int(np.count_nonzero(codes))
     return Checked(ternary, weights, zeros)
 
 
@@ -44,21 +43,18 @@ def _expect(path: str | Path, name: str, good: bool | np.bool_) -> None:
         raise ExportError(f"{path}: {name} is not what training uses")
 
 
-def _check_codes(file: GGUF, entry: Entry, plan: Plan, codes: np.ndarray) -> None:
-    rows, columns = PROJECTION_AXES[entry.projection]
-    placed, _ = unpack(file.raw(entry.name), entry.shape, entry.kind)
-    _expect(file.path, entry.name, np.array_equal(plan.layout.take(placed, rows, columns), codes))
+def _check_layer(file: GGUF, entry: Entry, plan: Plan, number: int, raw: Bytes) -> Codes:
+    """Codes and scale of one of the entry's layers, whose bytes are `raw`; returns the codes."""
+    codes, scale = quantized(entry.layers[number])
+    placed, found = unpack(raw, entry.shape[-2:], entry.kind)
+    axes = PROJECTION_AXES[entry.projection]
+    _expect(file.path, entry.name, np.array_equal(plan.layout.take(placed, *axes), codes))
     _expect(file.path, entry.name, np.count_nonzero(placed) == np.count_nonzero(codes))
-
-
-def _check_scale(file: GGUF, entry: Entry, plan: Plan, scale: float, visible: bool) -> None:
-    """`visible`: float types show a scale only where some code is not zero."""
-    _, found = unpack(file.raw(entry.name), entry.shape, entry.kind)
-    expected = scale
     if plan.scale_tensors:
         exact = file.floats(entry.name.removesuffix("weight") + "scale")
-        _expect(file.path, entry.name, np.array_equal(exact, [np.float32(scale)]))
-        expected = 1.0
+        _expect(file.path, entry.name, exact[number] == np.float32(scale))
+        scale = 1.0
     stored = {"tq1_0": "f16", "tq2_0": "f16", "i2_s": "f32"}.get(entry.kind.name, entry.kind.name)
-    good = found.size > 0 or not visible
-    _expect(file.path, entry.name, good and bool(np.all(found == rounded(expected, stored))))
+    good = found.size > 0 or not codes.any()  # floats show a scale only where a code is not zero
+    _expect(file.path, entry.name, good and bool(np.all(found == rounded(scale, stored))))
+    return codes

@@ -9,6 +9,8 @@ _WHERE = {
     "generate": "generation",
     "Sampling": "settings",
     "Diffusion": "settings",
+    "Task": "settings",
+    "LMEval": "settings",
 }
 __all__ = list(_WHERE)
 

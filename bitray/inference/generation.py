@@ -23,7 +23,7 @@ def generate(
     """The continuation of `prompt`, without the prompt, up to the end of text; token by token, or
     with `diffusion` in blocks."""
     sampling, end = sampling or Sampling(), tokenizer.eos_token_id
-    ids = _prompt_ids(tokenizer, prompt)
+    ids = prompt_ids(tokenizer, prompt)
     if diffusion is None:
         new = tokens(model, ids, sampling, end)
     else:
@@ -31,7 +31,8 @@ def generate(
     return str(tokenizer.decode(list(new), skip_special_tokens=True))
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Ids of a prompt; a start token for an empty one."""
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if ids:
         return ids

@@ -1,9 +1,10 @@
-"""Settings of what a model says."""
+"""Settings of what a model says, and of what it is asked."""
 
 from typing import Literal
 
 from pydantic import Field
 
+from bitray.data.rows import RowSettings
 from bitray.settings import Settings
 
 
@@ -30,3 +31,30 @@ class Diffusion(Settings):
     steps: int = Field(default=8, ge=1)
     block: int | None = Field(default=None, ge=1)
     """Tokens of a block; None: as the model was trained."""
+
+
+class Task(RowSettings):
+    """Prompts and their right completions: a choice among a few, or text to be written."""
+
+    path: str
+    """Folder, file or glob as of a source of files."""
+    prompt: str | None = "{prompt}"
+    completion: str | None = "{completion}"
+    choices: tuple[str, ...] = ()
+    """Completions that are compared; empty: one for each of `labels`, or else text is written."""
+    rows: int = Field(default=200, ge=1)
+    """At most so many."""
+    max_new_tokens: int = Field(default=128, ge=1)
+    """Of text that is written."""
+
+
+class LMEval(Settings):
+    """Tasks of the library lm-eval (EleutherAI's evaluation harness), when it is installed."""
+
+    tasks: tuple[str, ...] = ()
+    include_path: str | None = None
+    """A folder with task files of one's own."""
+    num_fewshot: int | None = Field(default=None, ge=0)
+    """None: as each task says."""
+    limit: int | None = Field(default=None, ge=1)
+    """Documents of each task; None: all."""

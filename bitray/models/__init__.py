@@ -13,6 +13,8 @@ _HOME = {
     "is_bitnet": "convert",
     "add_corrections": "low_rank",
     "init_corrections": "low_rank",
+    "create_fake_moe": "moe",
+    "verify_moe_matches_dense": "moe",
     "build_model": "loading",
     "load_model": "loading",
     "load_teacher": "loading",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitray.models.batch import Batch
-from bitray.models.families import Family, decoder_layers, family_of, norm_eps
+from bitray.models.families import Family, decoder_layers, expert_paths, family_of, norm_eps
 from bitray.models.packed import last_hidden
 from bitray.nn import BitLinear, SubLN, bit_linears, set_strength, strength_of
 from bitray.settings import UserError, nearest
@@ -43,7 +43,7 @@ def to_bitnet(
     sites = {"paper": family.paper_subln, "all": family.projections, "none": ()}[subln]
     for index, layer in enumerate(decoder_layers(model)):
         _convert_layer(layer, f"{family.layers}.{index}", family, sites, norm_eps(model.config))
-    model.config.bitray = {"subln": subln}
+    model.config.bitray = {**(getattr(model.config, "bitray", None) or {}), "subln": subln}
     if calibration is not None and sites:
         calibrate(model, calibration)
     return model
@@ -53,15 +53,20 @@ def _convert_layer(
     layer: nn.Module, path: str, family: Family, sites: tuple[str, ...], eps: float
 ) -> None:
     modules = dict(layer.named_modules())
-    for name in family.projections:
-        linear = modules.get(name)
+    for name, where in _places(layer, family):
+        linear = modules.get(where)
         if type(linear) is not nn.Linear:  # a subclass may pack or adapt its weight
             found = "missing" if linear is None else f"a {type(linear).__name__}"
             raise UserError(
-                f"cannot convert {path}.{name}: it is {found}, not a plain linear layer; "
+                f"cannot convert {path}.{where}: it is {found}, not a plain linear layer; "
                 "load the model unquantised, with separate projections and without adapters"
             )
-        layer.set_submodule(name, BitLinear.from_linear(linear, name in sites, eps))
+        layer.set_submodule(where, BitLinear.from_linear(linear, name in sites, eps))
+
+
+def _places(layer: nn.Module, family: Family) -> list[tuple[str, str]]:
+    """Every projection of the family, and each path at which the layer has it."""
+    return [(name, where) for name in family.projections for where in expert_paths(layer, name)]
 
 
 # ----------------------------------------------------------------------------------- calibration

@@ -64,8 +64,8 @@ class Family:
     """Those of them that get a SubLN with `subln="paper"`."""
     gguf_subln: str | None = None
     """GGUF architecture of a model with SubLN as in the paper; None where there is none."""
-    permute_qk: bool = False
-    """Whether `gguf` wants rows of q and k interleaved (`gguf_subln` never does)."""
+    gguf_moe: str | None = None
+    """GGUF architecture of a model with experts and without SubLN; None where there is none."""
     model_tensors: Mapping[str, str] = field(default_factory=lambda: MODEL_TENSORS)
     """Module -> GGUF tensor, both less `.weight` / `.bias`."""
     layer_tensors: Mapping[str, str] = field(default_factory=lambda: LAYER_TENSORS)
@@ -77,9 +77,15 @@ class Family:
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family(model_type="llama", gguf="llama", gguf_subln="bitnet", permute_qk=True),
-        Family(model_type="qwen2", gguf="qwen2"),
-        Family(model_type="qwen3", gguf="qwen3", layer_tensors={**LAYER_TENSORS, **QK_NORMS}),
+        Family(model_type="llama", gguf="llama", gguf_subln="bitnet", gguf_moe="llama"),
+        # its own architecture of experts wants a shared one, and weights that do not sum to 1
+        Family(model_type="qwen2", gguf="qwen2", gguf_moe="llama"),
+        Family(
+            model_type="qwen3",
+            gguf="qwen3",
+            gguf_moe="qwen3moe",
+            layer_tensors={**LAYER_TENSORS, **QK_NORMS},
+        ),
     )
 }
 
@@ -123,6 +129,15 @@ def attention_projections(model: nn.Module, layer: int) -> list[nn.Module]:
         )
     paths = [path for path in family_of(model).projections if path.endswith(QKV)]
     return [layers[layer].get_submodule(path) for path in paths]
+
+
+def expert_paths(layer: nn.Module, path: str) -> list[str]:
+    """Where a projection of an MLP is in a layer: at `path`, or once in every expert."""
+    parent, _, name = path.partition(".")
+    experts = getattr(getattr(layer, parent, None), "experts", None)
+    if experts is None:
+        return [path]
+    return [f"{parent}.experts.{number}.{name}" for number in range(len(experts))]
 
 
 def norm_eps(config: PretrainedConfig) -> float:

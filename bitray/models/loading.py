@@ -32,6 +32,7 @@ from bitray import checkpoint, storage
 from bitray.models.convert import to_bitnet
 from bitray.models.families import family_of
 from bitray.models.low_rank import add_corrections
+from bitray.models.moe import add_experts, experts_of
 from bitray.nn import bit_linears, set_strength
 from bitray.settings import UserError, nearest
 
@@ -81,7 +82,10 @@ def skeleton(files_dir: str | Path) -> PreTrainedModel:
         model = _from_config(config)
         ours = getattr(config, "bitray", None)
         if ours is not None:
-            to_bitnet(model, subln=ours.get("subln"))
+            if "subln" in ours or "moe" not in ours:
+                to_bitnet(model, subln=ours.get("subln"))
+            if experts := experts_of(config):
+                add_experts(model, experts)
             if "lrc_rank" in ours:
                 add_corrections(model, ours["lrc_rank"])
     model.tie_weights()  # a part of the initialisation that was left out

@@ -24,6 +24,7 @@ from bitray.models.mask_token import mask_token_id
 from bitray.models.packed import last_hidden, packed_inputs
 from bitray.models.sparse import TopK
 from bitray.nn.linear import compute_dtype
+from bitray.nn.moe import TopKRouter
 from bitray.settings import UserError
 
 
@@ -76,6 +77,7 @@ class LossModel(nn.Module):
         sources: int = 0,
         *,
         attention: Term | None = None,
+        router_terms: Sequence[Term] = (),
     ) -> tuple[Float[Tensor, ""], Metrics]:
         """`sum_i scale_i * sum_i` with gradient, and detached sums `{term}/sum`, `{term}/{metric}`.
 
@@ -85,7 +87,12 @@ class LossModel(nn.Module):
         """
         layers = decoder_layers(self.model) if layer_terms else ()
         watched = attention_projections(self.model, attention.objective.layer) if attention else ()
-        with capturing(layers) as outputs, capturing(watched) as projected:
+        routers: Iterable[nn.Module] = self._routers() if router_terms else ()
+        with (
+            capturing(layers) as outputs,
+            capturing(watched) as projected,
+            capturing(routers) as routings,
+        ):
             hidden = last_hidden(self.model, batch)
         metrics: Metrics = defaultdict(lambda: hidden.new_zeros((), dtype=torch.float32))
         if sources:
@@ -100,7 +107,19 @@ class LossModel(nn.Module):
         if attention is not None:
             assert isinstance(teacher, TeacherOutput), "attention terms need a teacher"
             loss = loss + self._attention_loss(projected, batch, attention, teacher, metrics)
+        for term in router_terms:
+            result = term.objective.on_routers(routings, batch.real.flatten())
+            loss = loss + _add_up(term, result, metrics)
         return loss, dict(metrics)
+
+    def _routers(self) -> list[TopKRouter]:
+        found = [module for module in self.model.modules() if isinstance(module, TopKRouter)]
+        if not found:
+            raise UserError(
+                "objectives.moe: the model has no router to balance; begin with one of "
+                "create_fake_moe, or leave the objective out"
+            )
+        return found
 
     def _head_loss(
         self,

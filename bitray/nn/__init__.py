@@ -16,6 +16,9 @@ _HOME = {
     "LowRank": "correction",
     "LowRankCorrection": "correction",
     "rank_of": "correction",
+    "MixtureOfExperts": "moe",
+    "TopKRouter": "moe",
+    "IdentityRouter": "moe",
 }
 __all__ = list(_HOME)
 

@@ -16,6 +16,7 @@ _HOMES = {
     "LogitsDistill": "logits_distill",
     "DLM": "dlm",
     "TCSDistill": "tcs_distill",
+    "MoE": "moe",
 }
 
 

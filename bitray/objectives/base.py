@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
 from bitray.models.batch import IGNORED, Batch
+from bitray.nn.moe import Routing
 from bitray.settings import Settings
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -27,9 +28,10 @@ Gradients = list[Tensor | None]
 class Objective(Settings):
     """Settings and behaviour of one term of the loss."""
 
-    kind: ClassVar[Literal["head", "layer", "attention"]]
+    kind: ClassVar[Literal["head", "layer", "attention", "router"]]
     """`head`: compares logits. `layer`: compares the outputs of decoder layers. `attention`: those
-    of one layer's query, key and value projections."""
+    of one layer's query, key and value projections. `router`: looks at where experts' routers send
+    tokens."""
     needs_teacher: ClassVar[bool] = False
     takes_top_k: ClassVar[bool] = False
     """Whether a teacher's likeliest tokens are enough, which is all that a remote one sends."""
@@ -127,4 +129,20 @@ class AttentionObjective(Objective):
 
         `documents` number the tokens' documents in their row; 0 is padding.
         """
+        raise NotImplementedError
+
+
+class RouterObjective(Objective):
+    """An objective on what the routers of all layers of experts decide."""
+
+    kind = "router"
+
+    def count(self, batch: Batch) -> Int[Tensor, ""]:
+        """Real tokens: it does not matter where padding goes."""
+        return batch.real.sum()
+
+    def on_routers(
+        self, routings: Sequence[Routing], real: Bool[Tensor, " tokens"]
+    ) -> tuple[Float[Tensor, ""], Sums]:
+        """Sum over the real tokens, differentiable in the routings, and sums to report."""
         raise NotImplementedError

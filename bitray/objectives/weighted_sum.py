@@ -7,6 +7,7 @@ from bitray.objectives.continue_pretrain import ContinuePretrain
 from bitray.objectives.dlm import DLM
 from bitray.objectives.hidden_distill import HiddenDistill
 from bitray.objectives.logits_distill import LogitsDistill
+from bitray.objectives.moe import MoE
 from bitray.objectives.tcs_distill import TCSDistill
 from bitray.schedules import Curriculum, DistillationSchedule
 from bitray.settings import Settings
@@ -21,6 +22,7 @@ class Objectives(Settings):
     attention_distill: AttentionDistill | None = None
     dlm: DLM | None = None
     tcs_distill: TCSDistill | None = None
+    moe: MoE | None = None
 
     @model_validator(mode="after")
     def _views_are_there(self) -> "Objectives":
@@ -52,13 +54,14 @@ def combined_weights(
     *,
     curriculum: Curriculum | None = None,
 ) -> dict[str, float]:
-    """Weights at `step` of `(1-a) * layer and attention + a * head objectives`, those above 0 only.
+    """Weights at `step` of `(1-a) * layer and attention + a * head objectives`, those above 0 only;
+    balance of routers is beside that.
 
     `a` starts at `lm_loss_weight`; the schedule lowers `1-a` towards 0. None: no such combination.
     """
     weights = objectives.active(step, total_steps, curriculum)
     if lm_loss_weight is not None:
         layers = schedule.share(step, total_steps, 1 - lm_loss_weight)
-        part = {"layer": layers, "attention": layers, "head": 1 - layers}
+        part = {"layer": layers, "attention": layers, "head": 1 - layers, "router": 1.0}
         weights = {name: w * part[getattr(objectives, name).kind] for name, w in weights.items()}
     return {name: weight for name, weight in weights.items() if weight > 0}

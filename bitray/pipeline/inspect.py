@@ -1,5 +1,6 @@
 """What the smaller jobs do: evaluate a checkpoint, let it speak, export it; show prepared rows."""
 
+import os
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +18,9 @@ from bitray.data.prepare import prepare, prepared_identity
 from bitray.data.shards import Shards, held_out
 from bitray.data.tokenizer import check_vocabulary
 from bitray.export import write_gguf, write_huggingface
-from bitray.inference import evaluate, generate, perplexity
+from bitray.inference import evaluate, generate, perplexity, server
+from bitray.inference.downstream import ask, lm_eval
+from bitray.inference.engines import CheckpointEngine, Engine, GGUFEngine
 from bitray.models.batch import IGNORED
 from bitray.models.loading import load_model, load_tokenizer
 from bitray.models.losses import LossModel
@@ -27,7 +30,7 @@ from bitray.pipeline.finish import model_card
 from bitray.pipeline.folders import resolve_checkpoint, run_of
 from bitray.pipeline.material import Material, tokenizer_of
 from bitray.pipeline.report import Table
-from bitray.pipeline.requests import Evaluation, Export, Generation
+from bitray.pipeline.requests import Evaluation, Export, Generation, Serving
 from bitray.pipeline.run import located
 from bitray.pipeline.session import ray_session
 from bitray.pipeline.worker import batches_of, read_evaluations
@@ -53,10 +56,34 @@ def loaded(where: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
-def evaluate_checkpoint(arguments: Evaluation) -> Table:
-    """Loss and perplexity per domain."""
+def evaluate_checkpoint(arguments: Evaluation) -> list[Table]:
+    """Tables: loss and perplexity per domain, and how well the model does the tasks that it is
+    asked."""
     where = resolve_checkpoint(arguments.checkpoint)
-    model, _ = loaded(where)
+    model, tokenizer = loaded(where)
+    asked = bool(arguments.tasks or arguments.lm_eval.tasks)
+    tables = [] if asked and arguments.data is None else [_losses(arguments, where, model)]
+    model.to(device_at_hand())  # type: ignore[arg-type]  # transformers types `to` away
+    if asked:
+        tables.append(_tasks(arguments, model, tokenizer))
+    return tables
+
+
+def _tasks(
+    arguments: Evaluation, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Table:
+    found = [
+        (name, metric, f"{value:.4f}" if metric != "rows" else str(value))
+        for name, task in arguments.tasks.items()
+        for metric, value in ask(model, tokenizer, name, task).items()
+    ]
+    if arguments.lm_eval.tasks:
+        theirs = lm_eval(model, tokenizer, arguments.lm_eval, arguments.batch_size)
+        found += [(name, metric, f"{value:.4f}") for name, metric, value in theirs]
+    return Table(("task", "metric", "value"), found)
+
+
+def _losses(arguments: Evaluation, where: str, model: PreTrainedModel) -> Table:
     data, length, root = _held_out_data(arguments, where, model.config.max_position_embeddings)
     manifest = read_manifest(root)
     if manifest is None:
@@ -123,6 +150,28 @@ def generate_text(arguments: Generation) -> str:
     except UserError as error:
         raise UserError(f"{arguments.checkpoint}: {error}") from None
     return arguments.prompt + text
+
+
+def serve_model(arguments: Serving) -> None:
+    """An OpenAI-style server over a checkpoint or a GGUF file, until somebody stops it."""
+    token = os.environ.get(server.TOKEN) or None
+    with server.listen(arguments.host, arguments.port, token) as sock:
+        engine, name = engine_of(arguments)
+        server.serve(engine, name, sock, token)
+
+
+def engine_of(arguments: Serving) -> tuple[Engine, str]:
+    """What is served, and its name."""
+    if arguments.model.endswith(".gguf"):
+        if arguments.mode != "autoregressive":
+            raise UserError(f"mode={arguments.mode}: llama.cpp runs GGUF files autoregressively")
+        if not Path(arguments.model).is_file():
+            raise UserError(f"model={arguments.model}: no such file")
+        return GGUFEngine(arguments.model, arguments.context), Path(arguments.model).stem
+    where = resolve_checkpoint(arguments.model)
+    model, tokenizer = loaded(where)
+    model.to(device_at_hand())  # type: ignore[arg-type]  # transformers types `to` away
+    return CheckpointEngine(model, tokenizer, arguments.mode), arguments.model.rstrip("/")
 
 
 def export_checkpoint(arguments: Export) -> Any:

@@ -2,21 +2,22 @@
 
 from pathlib import Path
 
+import gguf_models
 import numpy as np
 import pytest
 import torch
 from export_helpers import logits, relative, with_f16_tables
 from gguf_engine import Engine
-from gguf_models import MADE, make_model, make_tokenizer
+from gguf_models import MADE, WITH_EXPERTS, make_model, make_tokenizer
 
-from bitray.export import GGUF_TYPES, ExportError, write_gguf
+from bitray.export import GGUF_TYPES, ExportError, write_gguf, write_huggingface
 from bitray.export.entries import entries
 from bitray.export.packing import unpack
 from bitray.export.plan import plan
 from bitray.export.reader import read_gguf
 from bitray.export.reference import dequantized
 from bitray.export.verify import check_gguf
-from bitray.models import build_model
+from bitray.models import build_model, create_fake_moe
 from bitray.nn import BitLinear, set_strength
 from bitray.settings import UserError
 
@@ -194,3 +195,46 @@ def test_llama_cpp_agrees(name, kind, made, tmp_path: Path):
     write_gguf(model, tokenizer, path, kind)
     for row in prove(Subject(name, model, tokenizer), path, kind):
         assert not row.failed, row
+
+
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+@pytest.mark.parametrize("kind", ["f32", "tq2_0"])
+def test_experts_compute_what_the_model_does(kind, name, made, ids, tmp_path):
+    """Three tensors a layer for all experts, each with its own scale; routers in fp32."""
+    model, tokenizer = made(name)
+    report = write_gguf(model, tokenizer, tmp_path / "m.gguf", kind)
+    assert report.ternary_tensors == 2 * (4 + 3 * 4) and report.mismatches == 0
+    expected = dequantized(model) if kind == "f32" else with_f16_tables(dequantized(model))
+    engine = Engine(report.path)
+    assert relative(engine.logits(ids), logits(expected, ids)) < 1e-5
+    assert engine.key("expert_count") == 4 and engine.key("expert_used_count") == 2
+    if kind == "tq2_0":
+        scales = engine.file.floats("blk.1.ffn_up_exps.scale")
+        of_training = [float(e.up_proj.quantized()[1]) for e in model.model.layers[1].mlp.experts]
+        assert scales.tolist() == of_training and len(set(of_training)) in (1, 4)
+
+
+def test_dense_experts_too(ids, tmp_path):
+    model = create_fake_moe(build_model({**gguf_models._SMALL, "model_type": "llama"}), 3, 2)
+    report = write_gguf(model, make_tokenizer("gpt-2"), tmp_path / "m.gguf", "f32")
+    assert relative(Engine(report.path).logits(ids), logits(model, ids)) < 1e-5
+
+
+def test_experts_that_have_no_form_are_refused_in_one_sentence(made, tmp_path):
+    moe, tokenizer = made("llama, experts")
+    with pytest.raises(UserError, match="i2_s holds one scale for a tensor"):
+        write_gguf(moe, tokenizer, tmp_path / "m.gguf", "i2_s")
+    subln = create_fake_moe(made("llama + SubLN")[0], 2, 1)
+    with pytest.raises(UserError, match="a SubLN inside its experts"):
+        write_gguf(subln, tokenizer, tmp_path / "m.gguf", "tq2_0")
+    biased = create_fake_moe(made("llama 3 rotary, biases")[0], 2, 1)
+    with pytest.raises(UserError, match="'llama' cannot express biases there"):
+        write_gguf(biased, tokenizer, tmp_path / "m.gguf", "f32")
+    with pytest.raises(UserError, match="no ternary class with these experts"):
+        write_huggingface(moe, tokenizer, tmp_path / "hf")
+    identity, _ = make_model("llama, identity router")
+    with torch.no_grad():
+        identity.model.layers[0].mlp.experts[1].up_proj.weight[0] += 1
+    with pytest.raises(UserError, match="only while all experts are alike"):
+        write_gguf(identity, tokenizer, tmp_path / "m.gguf", "f32")
+    assert not list(tmp_path.iterdir())

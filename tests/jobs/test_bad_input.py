@@ -375,3 +375,44 @@ def test_block_diffusion_without_a_mask_token(command: Command, models: Path) ->
 def test_a_model_alone_has_no_data_to_be_evaluated_on(command: Command, models: Path) -> None:
     told = command("evaluate", f"checkpoint={models / 'dense'}").sentence()
     assert "does not lie in a run, so say on what to evaluate it" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["model=x.gguf"], "model=x.gguf: no such file"),
+        (["model=x.gguf", "mode=diffusion"], "mode=diffusion: llama.cpp runs GGUF files autoreg"),
+        (["model=./nowhere"], "./nowhere: no such model folder"),
+        (["model=dense", "mode=diffusion"], "this model has no mask token"),
+        (["model=dense", "host=0.0.0.0"], "host=0.0.0.0: whoever reaches it could use the model; "),
+        (["model=dense", "host=999.1.1.1"], "set BITRAY_SERVE_TOKEN"),
+        (["port=8080"], "model: has to be given"),
+        (["model=dense", "port=99999"], "port: input should be less than or equal to 65535"),
+        (["model=dense", "prt=1"], "prt: there is no such setting or group (nearest: 'port')"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_served(
+    command: Command, here: Path, models: Path, words: list[str], sentence: str
+) -> None:
+    (here / "dense").symlink_to(models / "dense")
+    words = words if any(word.startswith("port") for word in words) else [*words, "port=0"]
+    assert sentence in command("serve", *words).sentence()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["tasks.a.path=qa.jsonl"], "tasks.a: "),
+        (["tasks.a.path=qa.jsonl", "tasks.a.completion='{answer}'", "tasks.a.choices=[x, y]"],
+         "answers 'yes', which is none of 'x', 'y'"),
+        (["tasks.a.path=qa.jsonl", "tasks.a.rws=3"],
+         "tasks.a.rws: there is no such setting (nearest: 'rows')"),
+        (["tasks=downstreem"], "tasks=downstreem: no such choice (nearest: 'downstream')"),
+        (["lm_eval.task=[a]"], "lm_eval.task: there is no such setting (nearest: 'tasks')"),
+    ],
+)  # fmt: skip
+def test_a_task_that_cannot_be_asked(
+    command: Command, here: Path, models: Path, words: list[str], sentence: str
+) -> None:
+    (here / "qa.jsonl").write_text(json.dumps({"prompt": "is it?", "answer": "yes"}) + "\n")
+    assert sentence in command("evaluate", f"checkpoint={models / 'dense'}", *words).sentence()

@@ -1,9 +1,12 @@
 """What only a process of its own can show: exit codes, the streams, and how fast it answers."""
 
+import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,7 @@ def seconds() -> float:
         ("pretrain", ["training.optimizer.lrr=1"], 2),
         ("prepare", ["data=locall"], 2),
         ("generate", ["checkpoint=x", "prompt=y", "sampling.top_q=1"], 2),
+        ("serve", ["model=x", "prt=1"], 2),
     ],
 )
 def test_help_and_a_typo_are_answered_at_once(
@@ -81,3 +85,29 @@ def test_an_export_speaks_of_nothing_else(tmp_path: Path, models: Path) -> None:
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.startswith("m.gguf: i2_s as llama")
     assert sorted(tree(tmp_path)) == ["m.gguf"]
+
+
+def test_a_server_answers_until_it_is_told_to_end(tmp_path: Path, models: Path) -> None:
+    """Its first line says where it is; Ctrl-C ends it without a word."""
+    words = [f"model={models / 'dense'}", "port=0"]
+    with subprocess.Popen(
+        [sys.executable, JOBS / "serve.py", *words],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as server:  # fmt: skip
+        try:
+            assert server.stdout is not None and server.stderr is not None
+            line = server.stdout.readline()
+            assert line.startswith(f"serving {models / 'dense'} at http://127.0.0.1:"), line
+            url, body = line.split()[3], {"prompt": "The", "max_tokens": 3}
+            request = urllib.request.Request(
+                f"{url}/completions",
+                json.dumps(body).encode(),
+                {"Content-Type": "application/json"},
+            )
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                assert json.loads(answer.read())["usage"]["completion_tokens"] <= 3
+            server.send_signal(signal.SIGINT)
+            assert server.wait(30) == 0 and server.stderr.read() == ""
+        finally:
+            server.kill()
+    assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from bitray.data.settings import HeldOut
 from bitray.data.units import split_of
-from bitray.inference import Diffusion, Sampling, evaluate, generate, perplexity
+from bitray.inference import Diffusion, Sampling, Task, evaluate, generate, perplexity
+from bitray.inference.downstream import ask
 from bitray.models.batch import Batch
 from bitray.models.loading import load_model, load_tokenizer, save_model
 from bitray.models.losses import LossModel
@@ -111,6 +112,36 @@ def test_a_hugging_face_folder_that_stock_transformers_loads(
     assert done.code == 0, done.err
     card = (here / "hf" / "README.md").read_text()
     assert "books" in card and "stage2" in card, "the recipe is known where there is a run"
+
+
+# --------------------------------------------------------------------------------- evaluate, tasks
+
+
+def test_tasks_are_asked_and_nothing_is_prepared(
+    command: Command, here: Path, models: Path
+) -> None:
+    """Choices and written text, from every kind of checkpoint; the figures are the library's."""
+    rows = [{"q": f"Is {k} even?", "a": k % 2} for k in range(6)]
+    (here / "even.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (here / "say.jsonl").write_text(json.dumps({"prompt": "Say it", "completion": " again"}))
+    words = ["tasks.even.path=even.jsonl", "tasks.even.prompt='{q}'",
+             "tasks.even.completion=' {a}'", "tasks.even.labels=['yes', 'no']",
+             "tasks.say.path=say.jsonl", "tasks.say.max_new_tokens=5"]  # fmt: skip
+    done = command("evaluate", f"checkpoint={models / 'ternary'}", *words)
+    assert done.code == 0, done.err
+    cells = [line.split() for line in done.out.splitlines()[2:]]
+    found = {(task, metric): float(value) for task, metric, value in cells}
+    assert found["even", "rows"] == 6 and found["even", "majority"] == 0.5
+    task = Task(path=str(here / "even.jsonl"), prompt="{q}", completion=" {a}",
+                labels=("yes", "no"))  # fmt: skip
+    place = str(models / "ternary")
+    expected = ask(load_model(place), load_tokenizer(place), "even", task)
+    for metric, value in expected.items():
+        assert found["even", metric] == pytest.approx(value, abs=1e-4)
+    assert {metric for task, metric in found if task == "say"} == {
+        "rows", "rouge1", "rouge2", "rougeL"
+    }  # fmt: skip
+    assert sorted(tree(here)) == ["even.jsonl", "say.jsonl"]
 
 
 # ------------------------------------------------------------------------- evaluate, with Ray Data

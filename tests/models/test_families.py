@@ -55,7 +55,9 @@ def test_a_family_is_found_from_model_and_config(model_type: str) -> None:
 
 def test_what_is_special_about_each() -> None:
     """The facts that exports depend on (design, EXPORT)."""
-    assert {name for name, f in FAMILIES.items() if f.permute_qk} == {"llama"}
+    assert {name: f.gguf_moe for name, f in FAMILIES.items()} == {
+        "llama": "llama", "qwen2": "llama", "qwen3": "qwen3moe"
+    }  # fmt: skip
     assert FAMILIES["llama"].gguf_subln == "bitnet"
     assert "self_attn.q_norm" in FAMILIES["qwen3"].layer_tensors
     assert "self_attn.q_norm" not in FAMILIES["qwen2"].layer_tensors

@@ -18,6 +18,8 @@ def _class_of(annotation: object) -> type[Objective]:
 
 
 EVERY = {name: _class_of(f.annotation) for name, f in Objectives.model_fields.items()}
+EVERY = {name: kind for name, kind in EVERY.items() if kind.kind != "router"}
+"""What compares token by token; balance is of all tokens together (`test_moe_loss`)."""
 WITH_TEACHER = [name for name, kind in EVERY.items() if kind.needs_teacher]
 
 

@@ -186,7 +186,7 @@ def test_held_out_losses_are_those_of_stock_transformers(road: Road) -> None:
     found = road.json("evaluations.json")["stage2"]
     for domain, loss in expected.items():
         assert found[domain] == pytest.approx(loss, rel=1e-5)
-    table = evaluate_checkpoint(Evaluation(checkpoint=str(road.folder), rows=8))
+    (table,) = evaluate_checkpoint(Evaluation(checkpoint=str(road.folder), rows=8))
     shown = {row[0]: float(row[2]) for row in table.rows}
     for domain, loss in expected.items():
         assert shown[domain] == pytest.approx(loss, abs=1e-4)
@@ -210,7 +210,7 @@ def test_the_jobs_find_the_checkpoint_of_a_run(road: Road, tmp_path: Path) -> No
     )
     assert text.startswith("def ")
     dense = Evaluation(checkpoint=str(road.folder / "stage0_checkpoint"), rows=8)
-    shown = {row[0]: float(row[2]) for row in evaluate_checkpoint(dense).rows}
+    shown = {row[0]: float(row[2]) for row in evaluate_checkpoint(dense)[0].rows}
     for domain, loss in road.json("evaluations.json")["stage0"].items():
         assert shown[domain] == pytest.approx(loss, abs=1e-4)
 
