@@ -183,7 +183,9 @@ class LossModel(nn.Module):
     ) -> Tensor:
         """The objective on what the projections of one layer put out."""
         assert teacher.projections is not None, "attention terms need a teacher's projections"
-        targets, documents = teacher.projections, batch.documents
+        columns = batch.clean
+        assert columns is not None, "attention is compared on the rows as they are"
+        targets, documents = teacher.projections, batch.documents[:, columns]
         heads = self.model.config.num_key_value_heads
 
         def work(*states: Tensor, wanted: Sequence[bool]) -> Differentiated:
@@ -191,7 +193,7 @@ class LossModel(nn.Module):
             loss = _add_up(term, (total, {}), metrics)
             return loss, [None if slope is None else slope * term.scale for slope in slopes]
 
-        return differentiated(work, *projected)
+        return differentiated(work, *(states[:, columns] for states in projected))
 
     def _chunk(self, hidden: Tensor) -> int:
         return self.chunk_tokens or (256 if hidden.device.type == "cpu" else 2048)

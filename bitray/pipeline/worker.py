@@ -132,14 +132,14 @@ class Stage:
             torch.set_float32_matmul_precision("high" if self.settings.tf32 else "highest")
         torch.manual_seed(seed_of(self.settings.seed, self.name))
         model, strength = self.student()
-        if self.settings.lrc is not None:
-            self.correct(model, self.settings.lrc)
         tokenizer = load_tokenizer(self.job.tokenizer)
         block_diffusion = self.settings.objectives.dlm
         if self.settings.needs_mask_token or mask_token_id(model.config) is not None:
             add_mask_token(model, tokenizer, self.config.model.mask_token)
         if self.settings.needs_mask_token and block_diffusion and block_diffusion.mode == "block":
             model.config.diffusion_block = block_diffusion.block
+        if self.settings.lrc is not None:
+            self.correct(model, self.settings.lrc)
         self.files = model_files(model, tokenizer)
         wrapped = LossModel(model, self.settings.logits_chunk).to(self.device)
         check_documents_isolated(model, self.device)

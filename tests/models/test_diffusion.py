@@ -20,7 +20,7 @@ from bitray.models.families import FAMILIES
 from bitray.models.isolation import check_documents_isolated
 from bitray.models.losses import LossModel, TeacherOutput, Term, run_teacher
 from bitray.models.packed import last_hidden
-from bitray.objectives import DLM, ContinuePretrain, HiddenDistill, TCSDistill
+from bitray.objectives import DLM, AttentionDistill, ContinuePretrain, HiddenDistill, TCSDistill
 from bitray.settings import UserError
 
 MASK_TOKEN = VOCABULARY - 1
@@ -257,15 +257,21 @@ def test_nothing_to_guess_costs_nothing_and_stays_differentiable() -> None:
     assert all(p.grad is not None and not p.grad.any() for p in wrapped.parameters())
 
 
-def test_layers_are_compared_in_the_clean_half() -> None:
+def test_layers_and_attention_are_compared_in_the_clean_half() -> None:
     """And so give what they give without block diffusion."""
     wrapped, batch = model(), make_batch(LENGTHS, WIDTH)
     terms, found = [Term("hidden", HiddenDistill(), 1.0)], []
+    attention = Term("attention", AttentionDistill(), 1.0)
     for seen in (batch, random_view(LENGTHS, 4)):
-        told = run_teacher(make_model(seed=1), batch, layers=True)
-        found.append(wrapped(seen, [], terms, told)[0])
-        assert HiddenDistill().count(seen) == sum(map(sum, LENGTHS))
+        told = run_teacher(make_model(seed=1), batch, layers=True, attention=-1)
+        loss, sums = wrapped(seen, [], terms, told, attention=attention)
+        query = wrapped.model.model.layers[-1].self_attn.q_proj.weight
+        slope = torch.autograd.grad(loss, query)[0]
+        found.append([loss, slope, sums["hidden/sum"], sums["attention/sum"]])
+        for objective in (HiddenDistill(), AttentionDistill()):
+            assert objective.count(seen) == sum(map(sum, LENGTHS))
     torch.testing.assert_close(*found)
+    assert found[0][3] > 0
 
 
 # ------------------------------------------------------------------------------------ self-check
