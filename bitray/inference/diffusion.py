@@ -72,7 +72,7 @@ def diffuse(
         mask_token, sampling, diffusion, torch.Generator(device).manual_seed(sampling.seed)
     )
     whole, left = len(ids) // block * block, sampling.max_new_tokens
-    known = torch.tensor(ids[whole:], device=device)
+    known = torch.tensor(ids[whole:], dtype=torch.int64, device=device)
     with fully_quantised(model), torch.no_grad():
         reader = Reader(model, block)
         following = torch.zeros(1, model.config.vocab_size, device=device)
@@ -136,7 +136,7 @@ def _kept(
     if diffusion.strategy == "greedy":
         return torch.ones_like(confidence, dtype=torch.bool)
     if diffusion.strategy == "adaptive":
-        return (confidence >= diffusion.threshold) | (confidence == confidence.max())
+        return (confidence >= diffusion.threshold).index_fill(0, confidence.argmax(), True)
     count = math.ceil(len(confidence) / max(diffusion.steps - forwards, 1))
     surest = confidence.topk(count).indices
     return torch.zeros_like(confidence, dtype=torch.bool).index_fill(0, surest, True)

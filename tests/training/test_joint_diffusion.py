@@ -20,6 +20,7 @@ from bitray.models.convert import to_bitnet
 from bitray.models.diffusion import eligible, masked_batch
 from bitray.models.loading import build_model
 from bitray.models.losses import LossModel, Term
+from bitray.nn import set_strength
 from bitray.objectives import DLM, ContinuePretrain
 from bitray.training.loop import Loop, autocast_for
 from bitray.training.parallel import parallelize, world
@@ -123,7 +124,7 @@ def test_two_workers_do_what_one_does(tmp_path: Path) -> None:
             assert there[key] == pytest.approx(here[key], rel=1e-5), key
 
 
-def test_how_a_batch_is_cut_up_changes_no_count() -> None:
+def test_counts_and_losses_are_those_of_the_whole_global_batch() -> None:
     """A step's masked tokens are its eligible ones, and losses are means over them."""
     _, (metrics, *_) = trained(settings(max_steps=1))
     rows = [row(number) for number in range(12)]
@@ -131,10 +132,7 @@ def test_how_a_batch_is_cut_up_changes_no_count() -> None:
     assert metrics["train/dlm_num_masked"] == eligible(batch).sum()
     torch.manual_seed(0)
     model = LossModel(to_bitnet(build_model(CONFIG)))
-    # strength is 0 at the first step
-    from bitray.nn import set_strength
-
-    set_strength(model, 0.0)
+    set_strength(model, 0.0)  # as in the first step
     ce = ContinuePretrain()
     _, found = model(batch, [Term("ce", ce, 1.0)])
     expected = float(found["ce/sum"] / ce.count(batch))
