@@ -130,8 +130,8 @@ def test_whoever_teaches_the_run_is_the_same(
             *words,
         ])  # fmt: skip
         run(config)
-        losses[kind] = Road(config).metrics("stage2")
+        losses[kind] = Road(config).metrics("stage2", "train/logits_distill_loss")
     server.close()
     assert server.prompts and len(losses["in_process"]) == 4
-    np.testing.assert_allclose(losses["actors"], losses["in_process"], rtol=1e-5)
-    np.testing.assert_allclose(losses["server"], losses["in_process"], rtol=1e-4)
+    np.testing.assert_allclose(losses["actors"], losses["in_process"], rtol=1e-3)
+    np.testing.assert_allclose(losses["server"], losses["in_process"], rtol=1e-3)
