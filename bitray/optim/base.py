@@ -10,7 +10,7 @@ from torch.optim.adamw import adamw
 
 from bitray.optim.groups import Group, block_matrices, param_groups
 from bitray.schedules import LearningRateSchedule
-from bitray.settings import Settings, nearest
+from bitray.settings import Settings, UserError, nearest
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -98,6 +98,12 @@ class Mixed(torch.optim.Optimizer):
     """The first group follows `update`, all others AdamW."""
 
     def __init__(self, groups: list[Group]) -> None:
+        for parameter in groups[0]["params"]:
+            if parameter.ndim != 2:
+                raise UserError(
+                    f"'{groups[0]['name']}' works on matrices, and was given a parameter of shape "
+                    f"{tuple(parameter.shape)}; leave that to AdamW"
+                )
         super().__init__(groups, {})
 
     @torch.no_grad()

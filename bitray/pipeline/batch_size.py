@@ -1,6 +1,7 @@
 """The largest micro-batches that fit: tried on every worker before the stages begin."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import ray
 
@@ -32,11 +33,13 @@ def sized(config: Config, stages: Sequence[str]) -> Config:
 def _largest(config: Config, stage: str) -> int:
     """The least of what fits the workers."""
     scaling, workers = config.scaling_of(stage), config.scaling_of(stage).num_workers
-    task = _fitting.options(
+    task: Any = ray.remote(
         num_cpus=scaling.cpus_per_worker,
         num_gpus=1 if scaling.use_gpu else 0,
         scheduling_strategy="SPREAD",
-    )
+        max_calls=1,
+        max_retries=0,
+    )(_fitting)
     trials = _trials(config, stage)
     found: list[int | None] = ray.get([task.remote(trial) for trial in trials])
     fitting = [size for size in found if size is not None]
@@ -73,7 +76,6 @@ def _trials(config: Config, stage: str) -> list[Trial]:
     ]
 
 
-@ray.remote(max_calls=1, max_retries=0)
 def _fitting(trial: Trial) -> int | None:
     """The largest micro-batch that fits here, or None."""
     settings = trial.settings
