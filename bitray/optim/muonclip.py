@@ -67,8 +67,9 @@ class MuonClipOptimizer(MuonOptimizer):
         if isinstance(self.attentions[0].q_proj.weight, DTensor):
             group = self.attentions[0].q_proj.weight.device_mesh.get_group()
             dist.all_reduce(seen, dist.ReduceOp.MAX, group=group)
-        clipped = sum(self._clip(*each) for each in zip(self.attentions, seen, strict=True))
-        clipped = clipped / len(seen)
+        clipped = torch.stack(
+            [self._clip(*each) for each in zip(self.attentions, seen, strict=True)]
+        ).mean()
         self.reported = {"max_attention_logit": seen.max(), "qk_clipped_layers": clipped}
 
     def _clip(self, attention: Any, seen: Float[Tensor, " heads"]) -> Tensor:

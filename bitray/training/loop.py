@@ -53,8 +53,8 @@ class Pass(NamedTuple):
 class Window:
     """Sums since the last log line."""
 
-    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """Of this worker."""
+    sums: dict[str, Any] = field(default_factory=lambda: defaultdict(float))
+    """Of this worker; numbers, or scalars on its device."""
     counts: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Of all workers."""
     before: torch.Tensor | None = None

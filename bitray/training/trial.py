@@ -144,7 +144,7 @@ def _some_steps(trial: Trial, batch_size: int, device: torch.device) -> None:
     teacher = None
     if settings.needs_teacher:
         low = torch.bfloat16 if device.type == "cuda" else torch.float32
-        theirs = _model(trial.teacher, None).requires_grad_(False).eval().to(low).to(device)  # type: ignore[arg-type]
+        theirs = _model(trial.teacher, None).requires_grad_(False).eval().to(low).to(device)
         teacher = InProcessTeacher(theirs, autocast)
     steps = telling_steps(settings)
     loop = Loop("trial", model, optimizer, settings, device, autocast, teacher)

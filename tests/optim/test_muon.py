@@ -15,6 +15,15 @@ from bitray.optim.muon import newton_schulz, spread
 from bitray.settings import UserError
 
 
+@pytest.mark.parametrize("shape", [(7,), (2, 3, 4)])
+def test_what_is_no_matrix_is_refused(shape):
+    group = Muon().muon_groups(two_workers.model(), "muon")[0]
+    group["params"] = [nn.Parameter(torch.zeros(shape))]
+    with pytest.raises(UserError, match=r"'muon' works on matrices, .* shape \(") as error:
+        muon.MuonOptimizer([group])
+    assert len(str(error.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize("shape", [(32, 32), (48, 16), (16, 48), (1, 8), (8, 1)])
 def test_newton_schulz_gives_the_polar_factor_nearly(shape):
     """Same singular vectors; singular values near 1, as the quintic leaves them."""
