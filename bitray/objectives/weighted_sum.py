@@ -31,7 +31,7 @@ class Objectives(Settings):
         given = {name: getattr(self, name) for name in type(self).model_fields}
         own = {name: each.weight for name, each in given.items() if each is not None}
         weights = own if curriculum is None else curriculum.weights(own, step, total_steps)
-        return {name: weight for name, weight in weights.items() if weight > 0}
+        return {name: weight for name, weight in weights.items() if weight > 0 and name in own}
 
     @property
     def needs_teacher(self) -> bool:

@@ -306,7 +306,14 @@ def _stage_problems(name: str, stage: StageSettings) -> list[str]:
     where = f"stages.{name}"
     if stage.total_steps == 0:
         return []
-    found = []
+    given = [name for name, each in stage.objectives if each is not None]
+    found = [
+        f"{where}.curriculum.phases.{number}: {name} is none of the stage's objectives "
+        f"({', '.join(given)}); give {where}.objectives.{name}, or phases to other stages only"
+        for number, phase in enumerate(stage.curriculum.phases)
+        for name in phase.weights
+        if name not in given
+    ]
     without = next((step for step in stage.turns if not stage.weights(step)), None)
     if without is not None:
         at = f" at step {without}: see its curriculum" if stage.curriculum.phases else ""

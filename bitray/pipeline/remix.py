@@ -50,7 +50,9 @@ def schedule_of_mixture(config: Config, stage: str) -> list[str]:
         said = [f"{name} {weight:g}" for name, weight in phase.weights.items()]
         said += [f"{name} {weight:g}" for name, weight in (phase.mixture or {}).items()]
         name = f" {phase.name}" if phase.name else ""
-        lines.append(f"phase     {stage}{name} until {phase.until:.0%}: {', '.join(said)}")
+        lines.append(
+            f"phase     {stage}{name} until {phase.until:.0%}: {', '.join(said) or 'as set'}"
+        )
     if interval:
         given = settings.influence
         updates = given.updates(interval, settings.total_steps)

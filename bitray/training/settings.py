@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from bitray.objectives import Objectives, combined_weights
 from bitray.optim import AdamW, Optimizer, ZClip
@@ -164,19 +164,18 @@ class TrainingSettings(Settings):
     early_stopping: EarlyStopping = EarlyStopping()
     resume: Resume = Resume()
 
-    @model_validator(mode="after")
-    def _phases_weigh_what_there_is(self) -> "TrainingSettings":
-        known = [name for name, each in self.objectives if each is not None]
-        for number, phase in enumerate(self.curriculum.phases):
+    @field_validator("curriculum")
+    @classmethod
+    def _weighs_objectives(cls, given: Curriculum) -> Curriculum:
+        known = Objectives.model_fields
+        for number, phase in enumerate(given.phases):
             for name in phase.weights:
                 if name not in known:
-                    there = name in type(self.objectives).model_fields
-                    hint = f"; give objectives.{name}" if there else nearest(name, known)
                     raise ValueError(
-                        f"curriculum.phases.{number} weighs '{name}', which is none of this "
-                        f"stage's objectives ({', '.join(known)}){hint}"
+                        f"phases.{number}.weights: there is no objective '{name}'"
+                        f"{nearest(name, known)}; there are: {', '.join(known)}"
                     )
-        return self
+        return given
 
     @property
     def rows_per_step(self) -> int:

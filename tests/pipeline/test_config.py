@@ -116,6 +116,8 @@ def test_tokens_become_steps() -> None:
         (["stages.stage2.curriculum.interpolation=linear", "stages.stage2.curriculum.phases="
           "[{until: 0.5, weights: {logits_distill: 0}}, {until: 1, weights: {logits_distill: 1}}]",
           "stages.stage2.objectives.continue_pretrain.weight=0"], r"no objective.* at step 0: see"),
+        (["stages.stage2.curriculum.phases=[{until: 1, weights: {hidden_distill: 1}}]"],
+         r"stage2.curriculum.phases.0: hidden_distill is none of the stage's objectives"),
         (["stages.stage0.objectives.logits_distill.weight=1"], r"a dense stage has no teacher"),
         (["stages.stage1_9.lambda_warmup.warmup_steps=31"], r"31 is longer than the stage \(30"),
         (["stages.stage2.lambda_warmup.min=0.9", "stages.stage2.lambda_warmup.max=0.5"],
