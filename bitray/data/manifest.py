@@ -11,11 +11,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from bitray import storage
-from bitray.data.permutation import WINDOW
 from bitray.data.plan import SourceSize
 from bitray.settings import Settings, UserError, nearest
 
-FORMAT = 2
+FORMAT = 3
 NAME = "manifest.json"
 KEPT_PLACES = 20
 SplitName = Literal["train", "probe", "validation"]
@@ -98,11 +97,11 @@ class SourceManifest(Settings):
         """Counts of the opening, whose rows are the first ones."""
         return self.opening.get(split, self.splits[split])
 
-    def size(self) -> SourceSize:
-        """What a plan may count on."""
+    def size(self, window: int) -> SourceSize:
+        """What a plan with such windows may count on."""
         rows, opened = self.splits["train"].rows, self.opened("train")
-        there = rows if self.done else rows // WINDOW * WINDOW
-        return SourceSize(there, opened.tokens, opened.rows, self.done)
+        there = rows if self.done else rows // window * window
+        return SourceSize(there, opened.tokens, opened.rows, self.done, window)
 
     def sentence(self, name: str) -> str:
         """What became of it, for people."""
@@ -130,6 +129,8 @@ class Manifest(Settings):
     length: int
     group_rows: int
     """Rows per record batch of a shard; only the last one of a shard is shorter."""
+    window: int
+    """Rows that are permuted among themselves."""
     tokenizer: str
     vocab_size: int
     eos_token_id: int
@@ -153,7 +154,7 @@ class Manifest(Settings):
 
     def sizes(self) -> dict[str, SourceSize]:
         """What a plan may count on of every source, in their order."""
-        return {name: source.size() for name, source in self.sources.items()}
+        return {name: source.size(self.window) for name, source in self.sources.items()}
 
     def counts(self, source: str, split: SplitName) -> Counts:
         """Counts of one split; `UserError` with the nearest name for an unknown source."""

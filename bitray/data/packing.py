@@ -9,12 +9,16 @@ worst of them) and 0.7 % when all of a source is sorted at once.
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
 
 from bitray.settings import UserError
+
+if TYPE_CHECKING:
+    from bitray.models.batch import Batch
 
 LOOK_AHEAD = 16
 """Rows' worth of waiting tokens per open bin; 4 gives 0.2 points more padding, 64 0.1 less."""
@@ -29,6 +33,36 @@ class Row:
     """Tokens of each document, in order; what is left of the row is padding (id 0)."""
     prompts: list[int]
     """Of each document, the tokens at its beginning that are read but not learnt."""
+
+
+class PackedRows(NamedTuple):
+    """Rows as they are read: documents one after the other, then padding."""
+
+    input_ids: Int32[np.ndarray, "n length"]
+    lengths: list[list[int]]
+    """Tokens of each document, per row."""
+    prompts: list[list[int]]
+    """Tokens at the beginning of each document that are not learnt, per row."""
+
+    def batch(self, source_id: Sequence[int] | None = None) -> "Batch":
+        """All of them, of source 0 unless said otherwise."""
+        # Readers, which are processes of their own, do without torch: it takes seconds to import.
+        from bitray.models.batch import Batch
+
+        sources = [0] * len(self.lengths) if source_id is None else source_id
+        return Batch.from_rows(self.input_ids, self.lengths, sources, self.prompts)
+
+    @classmethod
+    def joined(cls, parts: Iterable["PackedRows"]) -> "PackedRows":
+        """The rows of some after those of others."""
+        ids, lengths, prompts = zip(*parts, strict=True)
+        return cls(np.concatenate(ids), list(chain(*lengths)), list(chain(*prompts)))
+
+    def part(self, start: int, stop: int) -> "PackedRows":
+        """Some of them."""
+        return PackedRows(
+            self.input_ids[start:stop], self.lengths[start:stop], self.prompts[start:stop]
+        )
 
 
 class Piece(NamedTuple):

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int, Int64, UInt64
 
 WINDOW = 65_536
-"""Rows that are permuted among themselves; remote rows are fetched by window."""
+"""Rows that are permuted among themselves, unless settings say otherwise."""
 _ROUNDS = 4
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FIRST = np.uint64(0xBF58476D1CE4E5B9)
@@ -68,21 +68,24 @@ def _feistel(value: np.ndarray, bits: np.ndarray, key: np.ndarray) -> np.ndarray
 
 
 def place(
-    cursor: Int[np.ndarray, " n"], rows: Int[np.ndarray, " n"], key: Int[np.ndarray, " n"]
+    cursor: Int[np.ndarray, " n"],
+    rows: Int[np.ndarray, " n"],
+    key: Int[np.ndarray, " n"],
+    size: Int[np.ndarray, " n"] | int = WINDOW,
 ) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
     """Epoch and row number of the cursor-th draw, without replacement, from sources of `rows`.
 
-    Rows are permuted inside windows. The first epoch takes the windows in the order in which they
-    were prepared; later ones shuffle them, and shift where the windows begin.
+    Rows are permuted inside windows of `size`. The first epoch takes the windows in the order in
+    which they were prepared; later ones shuffle them, and shift where the windows begin.
     """
     epoch, index = np.divmod(cursor.astype(np.int64), rows)
     seed = mix(key, epoch)
-    window, within = np.divmod(index, WINDOW)
-    whole = rows // WINDOW
+    window, within = np.divmod(index, size)
+    whole = rows // size
     again = (epoch > 0) & (window < whole)
     window[again] = permute(window[again], whole[again], seed[again])
-    size = np.minimum(WINDOW, rows - window * WINDOW)
-    row = window * WINDOW + permute(within, size, mix(seed, window))
+    first = window * size
+    row = first + permute(within, np.minimum(size, rows - first), mix(seed, window))
     if epoch.any():
         shift = (mix(seed, 0, 0) % rows.astype(np.uint64)).astype(np.int64)
         row = np.where(epoch > 0, (row + shift) % rows, row)

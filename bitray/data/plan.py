@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from bitray.data.permutation import key_of, mix, place
+from bitray.data.permutation import WINDOW, key_of, mix, place
 from bitray.data.weights import apportion, project_to_bounds, quantise
 from bitray.settings import UserError
 
@@ -45,6 +45,8 @@ class SourceSize(NamedTuple):
     preparing has come."""
     done: bool = True
     """Whether that is all; else where it ends is not known, and no plan depends on it."""
+    window: int = WINDOW
+    """Rows that are permuted among themselves."""
 
 
 class Rows(NamedTuple):
@@ -124,6 +126,7 @@ class MixturePlan:
         self.journal = tuple(journal)
         self.max_epochs = max_epochs
         self._rows = np.array([size.rows for size in sizes.values()], np.int64)
+        self._windows = np.array([size.window for size in sizes.values()], np.int64)
         self._keys = np.array([key_of(seed, name) for name in sizes], np.int64)
         self._caps = np.array([self._cap(name) for name in sizes], np.int64)
         self._segments, self.end = self._lay_out()
@@ -142,7 +145,8 @@ class MixturePlan:
         nothing = np.empty(0, np.int64)
         source = np.concatenate([nothing, *(sources for sources, _ in pieces)])
         cursor = np.concatenate([nothing, *(cursors for _, cursors in pieces)])
-        return Rows(source, *place(cursor, self._rows[source], self._keys[source]))
+        of = self._rows[source], self._keys[source], self._windows[source]
+        return Rows(source, *place(cursor, *of))
 
     def cursors(self, row: int) -> tuple[int, ...]:
         """How many rows each source has given before this place."""

@@ -5,7 +5,7 @@ units that are done from its first one on, in whole windows of rows.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 from bitray import storage
@@ -21,8 +21,8 @@ from bitray.data.job import (
 )
 from bitray.data.limits import Taken
 from bitray.data.manifest import Manifest, SourceManifest, read_manifest, write_manifest
-from bitray.data.permutation import WINDOW
 from bitray.data.progress import reported
+from bitray.data.settings import DataSettings
 from bitray.data.sources import Unit
 
 BYTES_PER_TOKEN = 4
@@ -37,8 +37,11 @@ class _Stretch(Taken[UnitResult]):
     Its *opening* is the shortest such stretch that holds a window of training rows, or all of it.
     """
 
-    rows = 0
-    """Training rows."""
+    def __init__(self, settings: DataSettings, name: str, units: Sequence[Unit]) -> None:
+        super().__init__(settings.sources[name], units)
+        self.window = settings.window
+        self.rows = 0
+        """Training rows."""
 
     def add(self, number: int, result: UnitResult) -> None:
         """A unit is done; those before it may not be."""
@@ -49,7 +52,7 @@ class _Stretch(Taken[UnitResult]):
     @property
     def windows(self) -> tuple[int, bool]:
         """Whole windows of training rows, and whether that is all."""
-        return self.rows // WINDOW, self.done
+        return self.rows // self.window, self.done
 
     @property
     def opened(self) -> bool:
@@ -62,7 +65,7 @@ class _Stretch(Taken[UnitResult]):
             return []
         if self.rows:
             row_bytes = MARGIN * sum(map(_size, self.units[: len(self.results)])) / self.rows
-        wanted, units = (WINDOW - self.rows) * row_bytes, self.missing()
+        wanted, units = (self.window - self.rows) * row_bytes, self.missing()
         ends = itertools.accumulate(map(_size, units))
         return [unit for unit, end in zip(units, ends, strict=True) if end - _size(unit) < wanted]
 
@@ -84,9 +87,9 @@ class Preparation:
 
     @cached_property
     def _stretches(self) -> dict[str, _Stretch]:
-        sources = self.job.settings.sources
         stretches = {
-            name: _Stretch(sources[name], units) for name, units in self.job.units_of.items()
+            name: _Stretch(self.job.settings, name, units)
+            for name, units in self.job.units_of.items()
         }
         for result in finished(self.job):
             stretches[result.source].add(result.number, result)

@@ -3,16 +3,19 @@
 import itertools
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
 
 from bitray.data.manifest import SplitName
+from bitray.data.packing import PackedRows
 from bitray.data.permutation import mix
 from bitray.data.plan import MixturePlan, Rows, SourceSize
 from bitray.data.tickets import EMPTY, Deal
-from bitray.models.batch import Batch, PackedRows
+
+if TYPE_CHECKING:
+    from bitray.models.batch import Batch
 
 AHEAD = 1024
 """Rows that a reader plans at once, in whole steps: what a plan costs is by call."""
@@ -40,10 +43,10 @@ def read_rows(shards: RowReader, sources: Sequence[str], rows: Rows) -> PackedRo
     return PackedRows(np.concatenate(ids)[back], *([found[k] for k in back] for found in documents))
 
 
-def empty_batch(rows: int, length: int) -> Batch:
+def empty_batch(rows: int, length: int) -> "Batch":
     """A micro-batch without any token, for a worker that has no ticket left in a step."""
-    ids = np.zeros((rows, length), np.int32)
-    return Batch.from_rows(ids, [[] for _ in range(rows)], [0] * rows)
+    nothing: list[list[int]] = [[] for _ in range(rows)]
+    return PackedRows(np.zeros((rows, length), np.int32), nothing, nothing).batch()
 
 
 class PlanReader:
@@ -65,7 +68,7 @@ class PlanReader:
         self.rank = rank
         self.deal = Deal(tickets_per_step, world_size)
 
-    def batches(self, start_ticket: int = 0) -> Iterator[tuple[int, Batch]]:
+    def batches(self, start_ticket: int = 0) -> Iterator[tuple[int, "Batch"]]:
         """`(ticket, batch)` from a ticket that begins a step on, to the end of the plan if it has
         one; per step as many as `Deal.micro_batches`, empty ones with ticket -1 included."""
         step, rest = divmod(start_ticket, self.deal.tickets_per_step)
@@ -79,7 +82,7 @@ class PlanReader:
             yield from self._planned([ticket for tickets in dealt for ticket in tickets])
             step = last
 
-    def _planned(self, tickets: list[int]) -> Iterator[tuple[int, Batch]]:
+    def _planned(self, tickets: list[int]) -> Iterator[tuple[int, "Batch"]]:
         size = self.rows_per_ticket
         firsts = [ticket * size for ticket in tickets if ticket != EMPTY]
         rows = iter(self.plan.pick(firsts, size).cut(size) if firsts else ())
@@ -89,7 +92,7 @@ class PlanReader:
             else:
                 yield ticket, self._batch(next(rows))
 
-    def _batch(self, rows: Rows) -> Batch:
+    def _batch(self, rows: Rows) -> "Batch":
         return read_rows(self.shards, self.plan.sources, rows).batch(rows.source.tolist())
 
     @cached_property

@@ -4,6 +4,7 @@ import re
 
 from pydantic import Field, field_validator, model_validator
 
+from bitray.data.permutation import WINDOW
 from bitray.data.sources import Source
 from bitray.settings import Settings
 
@@ -56,6 +57,9 @@ class DataSettings(Settings):
     """Share of a source's rows that may be unreadable (always at least one row)."""
     unit_bytes: int = Field(64 << 20, ge=1)
     """Input that one task prepares. Part of the result: units do not share rows."""
+    window: int = Field(WINDOW, ge=1)
+    """Rows of a source that are shuffled among themselves in its first epoch; training may begin
+    when every source has its first window."""
     overlap: OverlapSettings = OverlapSettings()
     prepared_dir: str | None = None
     """Where prepared rows are kept; None: beside the run."""

@@ -19,8 +19,7 @@ from jaxtyping import Int
 
 from bitray import storage
 from bitray.data.manifest import Manifest, Shard, SplitName, digest, read_manifest
-from bitray.data.packing import Row
-from bitray.models.batch import PackedRows
+from bitray.data.packing import PackedRows, Row
 from bitray.settings import UserError
 
 GROUP_TOKENS = 1 << 20

@@ -15,7 +15,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -33,12 +33,15 @@ from ray.train import DataConfig
 
 from bitray.data.manifest import read_manifest
 from bitray.data.mixture import StageMixture
+from bitray.data.packing import PackedRows
 from bitray.data.plan import Rows
 from bitray.data.reader import empty_batch, read_rows
 from bitray.data.shards import Shards
 from bitray.data.tickets import EMPTY, ENDED, Deal
-from bitray.models.batch import Batch, PackedRows
 from bitray.settings import UserError
+
+if TYPE_CHECKING:
+    from bitray.models.batch import Batch
 
 TASKS = 1000
 """Reader tasks of a stage, at most: Ray Data holds all of them from the start."""
@@ -284,8 +287,8 @@ def worker_batches(
 
 
 def _expected(
-    delivered: Iterator[tuple[int, Batch]], wanted: Iterator[int]
-) -> Iterator[tuple[int, Batch]]:
+    delivered: Iterator[tuple[int, "Batch"]], wanted: Iterator[int]
+) -> Iterator[tuple[int, "Batch"]]:
     """What is delivered, which has to be just what is wanted: no ticket lost, none twice."""
     for ticket, found in itertools.zip_longest(wanted, delivered):
         if found is None or found[0] != ticket:
@@ -294,7 +297,9 @@ def _expected(
         yield found
 
 
-def _delivered(shard: ray.data.DataIterator, mixture: StageMixture) -> Iterator[tuple[int, Batch]]:
+def _delivered(
+    shard: ray.data.DataIterator, mixture: StageMixture
+) -> Iterator[tuple[int, "Batch"]]:
     # Prefetching would hold back each block until the next one is there, which may wait for a
     # decision that needs this one; the thread of `Prefetched` runs ahead without that.
     whole: Any = None  # a batch is a block; Ray's annotation forgets that
@@ -303,7 +308,7 @@ def _delivered(shard: ray.data.DataIterator, mixture: StageMixture) -> Iterator[
         yield from _batches(block, mixture)
 
 
-def _batches(block: pa.Table, mixture: StageMixture) -> Iterator[tuple[int, Batch]]:
+def _batches(block: pa.Table, mixture: StageMixture) -> Iterator[tuple[int, "Batch"]]:
     """The micro-batches of a bundle."""
     columns = {
         name: block.column(name).combine_chunks().values.to_numpy() for name in block.column_names
@@ -323,7 +328,7 @@ def _batches(block: pa.Table, mixture: StageMixture) -> Iterator[tuple[int, Batc
         if ticket == ENDED:
             raise DataEnded("no more rows are prepared than were trained on")
         mine = slice(at * size, (at + 1) * size)
-        batch = Batch.from_rows(ids[at], lengths[mine], source[at].tolist(), prompts[mine])
+        batch = PackedRows(ids[at], lengths[mine], prompts[mine]).batch(source[at].tolist())
         yield ticket, batch
         at += 1
 
@@ -331,7 +336,7 @@ def _batches(block: pa.Table, mixture: StageMixture) -> Iterator[tuple[int, Batc
 class Prefetched:
     """An iterator that a thread fills ahead of whoever reads it; `close` it if you stop early."""
 
-    def __init__(self, items: Iterator[tuple[int, Batch]], ahead: int) -> None:
+    def __init__(self, items: Iterator[tuple[int, "Batch"]], ahead: int) -> None:
         self._ready: queue.Queue[Any] = queue.Queue(maxsize=max(1, ahead))
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._fill, args=(items,), daemon=True)
@@ -340,7 +345,7 @@ class Prefetched:
     def __iter__(self) -> "Prefetched":
         return self
 
-    def __next__(self) -> tuple[int, Batch]:
+    def __next__(self) -> tuple[int, "Batch"]:
         item = self._ready.get()
         if isinstance(item, BaseException):
             self._ready.put(item)
@@ -351,7 +356,7 @@ class Prefetched:
         """Stop reading ahead."""
         self._closed.set()
 
-    def _fill(self, items: Iterator[tuple[int, Batch]]) -> None:
+    def _fill(self, items: Iterator[tuple[int, "Batch"]]) -> None:
         try:
             for item in items:
                 self._put(item)

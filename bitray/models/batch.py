@@ -1,44 +1,15 @@
 """What a model is trained on: one micro-batch of packed rows as tensors."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from itertools import chain
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int, Int32
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 IGNORED = -100
 """Label of positions that are not learnt: padding, prompts, the first token of every document."""
-
-
-class PackedRows(NamedTuple):
-    """Rows as they are read: documents one after the other, then padding."""
-
-    input_ids: Int32[np.ndarray, "n length"]
-    lengths: list[list[int]]
-    """Tokens of each document, per row."""
-    prompts: list[list[int]]
-    """Tokens at the beginning of each document that are not learnt, per row."""
-
-    def batch(self, source_id: Sequence[int] | None = None) -> "Batch":
-        """All of them, of source 0 unless said otherwise."""
-        sources = [0] * len(self.lengths) if source_id is None else source_id
-        return Batch.from_rows(self.input_ids, self.lengths, sources, self.prompts)
-
-    @classmethod
-    def joined(cls, parts: Iterable["PackedRows"]) -> "PackedRows":
-        """The rows of some after those of others."""
-        ids, lengths, prompts = zip(*parts, strict=True)
-        return cls(np.concatenate(ids), list(chain(*lengths)), list(chain(*prompts)))
-
-    def part(self, start: int, stop: int) -> "PackedRows":
-        """Some of them."""
-        return PackedRows(
-            self.input_ids[start:stop], self.lengths[start:stop], self.prompts[start:stop]
-        )
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from bitray.models.batch import IGNORED, Batch
 from bitray.models.families import decoder_layers
 from bitray.models.logits import log_softmax, shared_log_softmax
 from bitray.models.packed import last_hidden, packed_inputs
+from bitray.models.sparse import TopK
 from bitray.nn.linear import compute_dtype
 from bitray.settings import UserError
 
@@ -66,7 +67,7 @@ class LossModel(nn.Module):
         batch: Batch,
         head_terms: Sequence[Term] = (),
         layer_terms: Sequence[Term] = (),
-        teacher: TeacherOutput | None = None,
+        teacher: TeacherOutput | TopK | None = None,
         sources: int = 0,
     ) -> tuple[Float[Tensor, ""], Metrics]:
         """`sum_i scale_i * sum_i` with gradient, and detached sums `{term}/sum`, `{term}/{metric}`.
@@ -83,7 +84,7 @@ class LossModel(nn.Module):
             metrics["by_source"] = hidden.new_zeros((2, sources), dtype=torch.float64)
         loss = self._head_loss(hidden, batch, head_terms, teacher, metrics)
         if layer_terms:
-            assert teacher is not None, "layer terms need a teacher"
+            assert isinstance(teacher, TeacherOutput), "layer terms need a teacher"
             loss = loss + self._layer_loss(outputs, batch, layer_terms, teacher, metrics)
         return loss, dict(metrics)
 
@@ -92,16 +93,19 @@ class LossModel(nn.Module):
         hidden: Tensor,
         batch: Batch,
         terms: Sequence[Term],
-        teacher: TeacherOutput | None,
+        teacher: TeacherOutput | TopK | None,
         metrics: Metrics,
     ) -> Tensor:
         head = self.model.get_output_embeddings().weight
         following = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED).flatten()
         learnt = _places(following != IGNORED) if terms else following.new_empty(0)
-        told = None
+        told: _Told | TopK | None = None
         if any(term.objective.needs_teacher for term in terms):
             assert teacher is not None, "these terms need a teacher"
-            told = _Told.of(teacher, learnt, head)
+            if isinstance(teacher, TopK):
+                told = teacher.at(learnt)
+            else:
+                told = _Told.of(teacher, learnt, head)
         source = batch.source_id.repeat_interleave(batch.labels.shape[1])[learnt]
         chunks = _HeadChunks(following[learnt], source, terms, told, metrics, self._chunk(hidden))
         # Without terms this still ties head and final norm to the loss: gradients 0, not None.
@@ -228,7 +232,7 @@ class _Told:
         dtype = compute_dtype(teacher.head)
         return cls(_at(teacher.hidden, learnt).to(dtype), teacher.head.to(dtype))
 
-    def logits(self, rows: slice) -> Float[Tensor, "n vocab"]:
+    def part(self, rows: slice) -> Float[Tensor, "n vocab"]:
         with torch.no_grad():
             return F.linear(self.hidden[rows], self.head).float()
 
@@ -240,7 +244,7 @@ class _HeadChunks:
     labels: Int[Tensor, " n"]
     source: Int[Tensor, " n"]
     terms: Sequence[Term]
-    told: _Told | None
+    told: _Told | TopK | None
     metrics: Metrics
     chunk_tokens: int
 
@@ -264,10 +268,11 @@ class _HeadChunks:
         dtype, logits = logits.dtype, logits.detach().float()
         with torch.set_grad_enabled(wanted), shared_log_softmax():
             logits.requires_grad_(wanted)
-            told = self.told.logits(rows) if self.told is not None else None
+            told = self.told.part(rows) if self.told is not None else None
             loss = logits.new_zeros(())
             for term in self.terms:
-                result = term.objective.on_logits(logits, self.labels[rows], told)
+                theirs = told if term.objective.needs_teacher else None
+                result = term.objective.on_logits(logits, self.labels[rows], theirs)
                 loss = loss + _add_up(term, result, self.metrics)
             if "by_source" in self.metrics:
                 self._by_source(logits, rows)

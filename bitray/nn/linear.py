@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from bitray.nn.fp8 import TernaryFP8
 from bitray.nn.norm import SubLN
 from bitray.nn.quantize import (
     int8_per_token,
@@ -65,6 +66,8 @@ class BitLinear(nn.Module):
         self.kept: Tensor | None = None
         """Activations that training keeps of each group of `block`, or of a token."""
         self.block: int | None = None
+        self.fp8: torch.dtype | None = None
+        """Train at full strength by the approximate product in 8-bit floats, rounded to this."""
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -102,6 +105,8 @@ class BitLinear(nn.Module):
             x = sparse(x, self.kept, self.block)
         salient = self.salient if self.training else None
         if self.full_strength and salient is None:
+            if self.fp8 is not None and self.training:
+                return TernaryFP8.apply(x, self.weight, self.bias, dtype, self.fp8)
             return _Ternary.apply(x, self.weight, self.bias, dtype)
         strength = self.strength.float()
         columns = strength if salient is None else strength * ~salient

@@ -27,6 +27,8 @@ class Objective(Settings):
     kind: ClassVar[Literal["head", "layer"]]
     """`head`: compares logits. `layer`: compares the outputs of decoder layers."""
     needs_teacher: ClassVar[bool] = False
+    takes_top_k: ClassVar[bool] = False
+    """Whether a teacher's likeliest tokens are enough, which is all that a remote one sends."""
 
     weight: Weight = 0.0
 

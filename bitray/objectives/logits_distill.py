@@ -1,7 +1,5 @@
 """Distillation of a teacher's next-token distribution (Hinton et al., arXiv 1503.02531)."""
 
-import math
-
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field
@@ -9,6 +7,7 @@ from torch import Tensor
 
 from bitray.models.batch import IGNORED
 from bitray.models.logits import log_softmax
+from bitray.models.sparse import TopK, with_rest
 from bitray.objectives.base import HeadObjective, Sums, Weight
 
 
@@ -22,12 +21,6 @@ def kl_divergence(target: Float[Tensor, "n k"], logp: Float[Tensor, "n k"]) -> F
     return -(target.exp() * (logp - target)).sum(-1)
 
 
-def with_rest(logp: Float[Tensor, "n vocab"], ids: Int[Tensor, "n k"]) -> Float[Tensor, "n k+1"]:
-    """Log-probabilities of `ids` and, in the last place, of everything else together."""
-    rest = logp.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)
-    return torch.cat([logp.gather(-1, ids), rest], -1)
-
-
 class LogitsDistill(HeadObjective):
     """`T^2 * KL(softmax(z_t / T) || softmax(z_s / T))` per token, in nats.
 
@@ -35,6 +28,7 @@ class LogitsDistill(HeadObjective):
     """
 
     needs_teacher = True
+    takes_top_k = True
 
     weight: Weight = 1.0
     temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False)
@@ -45,22 +39,27 @@ class LogitsDistill(HeadObjective):
         self,
         logits: Float[Tensor, "n vocab"],
         labels: Int[Tensor, " n"],
-        teacher_logits: Float[Tensor, "n vocab"] | None,
+        teacher_logits: Float[Tensor, "n vocab"] | TopK | None,
     ) -> tuple[Float[Tensor, ""], Sums]:
         """Sum over the tokens that have a label; exactly 0 for identical logits."""
         assert teacher_logits is not None
         logp = log_softmax(logits, self.temperature)
         with torch.no_grad():
-            target = log_softmax(teacher_logits, self.temperature)
-            ids = self._compared(target)
-            target = target if ids is None else with_rest(target, ids)
+            target, ids = self._target(teacher_logits)
         if ids is not None:
             logp = with_rest(logp, ids)
         divergence = kl_divergence(target, logp) * (labels != IGNORED)
         return self.temperature**2 * divergence.sum(), {}
 
-    def _compared(self, target: Float[Tensor, "n vocab"]) -> Int[Tensor, "n k"] | None:
-        """Ids that are compared one by one; None for all."""
+    def _target(
+        self, teacher: Float[Tensor, "n vocab"] | TopK
+    ) -> tuple[Float[Tensor, "n kept"], Int[Tensor, "n k"] | None]:
+        """The teacher's log-probabilities, and the ids that are compared one by one; None: all."""
+        if isinstance(teacher, TopK):
+            assert teacher.temperature == self.temperature, "the teacher was asked at another T"
+            return teacher.target(self.top_k)
+        target = log_softmax(teacher, self.temperature)
         if self.top_k is None or self.top_k >= target.shape[-1]:
-            return None
-        return target.topk(self.top_k, dim=-1).indices
+            return target, None
+        ids = target.topk(self.top_k, dim=-1).indices
+        return with_rest(target, ids), ids

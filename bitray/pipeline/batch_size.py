@@ -58,15 +58,16 @@ def _trials(config: Config, stage: str) -> list[Trial]:
     given = settings.model_dump(include=set(TrainingSettings.model_fields))
     given["max_steps"] = settings.total_steps
     model = outline(config).config.to_json_string(use_diff=False)
-    teacher = model
-    if config.model.teacher:
-        theirs = config.override({"model.path": config.model.teacher, "model.config": None})
+    teacher, path = model, getattr(config.model.teacher, "path", None)
+    if path is not None:
+        theirs = config.override({"model.path": path, "model.config": None})
         teacher = outline(theirs).config.to_json_string(use_diff=False)
     return [
         Trial(
             settings=TrainingSettings.model_validate(given),
             model=model,
             teacher=teacher,
+            placing=config.model.teacher,
             subln=None if settings.dense else config.model.quantization.subln,
             device="cuda" if scaling.use_gpu else "cpu",
             rank=rank,

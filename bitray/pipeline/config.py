@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from bitray.data import DataSettings
 from bitray.data.weights import quantise
 from bitray.export import GGUFType
 from bitray.settings import Composed, Settings, Tree, UserError, merge, nearest
 from bitray.training.settings import TrainingSettings
+from bitray.training.teacher_settings import Actors, InProcess, Server, Teachers
 
 
 class Quantization(Settings):
@@ -34,9 +35,15 @@ class ModelSettings(Settings):
     """Arguments of the transformers configuration of a model built here, with its `model_type`."""
     tokenizer: str | None = None
     """Id or folder; None: the model's own, or one trained on the data for a model built here."""
-    teacher: str | None = None
-    """Id or folder; None: the model as it was before it became ternary."""
+    teacher: Teachers = InProcess()
     quantization: Quantization = Quantization()
+
+    @field_validator("teacher", mode="before")
+    @classmethod
+    def _teacher_is_a_node(cls, said: Any) -> Any:
+        if isinstance(said, str):
+            raise ValueError(f"a teacher has several settings; say model.teacher.path={said}")
+        return said
 
     @model_validator(mode="after")
     def _has_one_origin(self) -> "ModelSettings":
@@ -201,13 +208,24 @@ class Config(Composed):
         inherited = loc[:1] == ("stages",) and len(loc) > 2
         return ("training", *loc[2:]) if inherited else loc
 
+    def fp8_problem(self, capability: tuple[int, int] | None = None) -> str | None:
+        """Why the first stage that computes in 8-bit floats cannot; of GPUs that are not known yet,
+        whether there will be any."""
+        for name, stage in self.stages.items():
+            device = "cuda" if self.scaling_of(name).use_gpu else "cpu"
+            why = stage.fp8.problem(device, capability)
+            if why and stage.total_steps and not stage.dense:
+                return f"stages.{name}.{why}"
+        return None
+
     def problems(self) -> list[str]:
         most = (self.model.config or {}).get("max_position_embeddings")
-        return [
+        return [*filter(None, [self.fp8_problem()])] + [
             text
             for name, stage in self.stages.items()
             for text in [
                 *_stage_problems(name, stage),
+                *_teacher_problems(name, stage, self.model.teacher),
                 *_phase_problems(name, stage, self.data),
                 *self.too_long(name, most),
                 *self._influence_problems(name, stage),
@@ -325,5 +343,33 @@ def _stage_problems(name: str, stage: StageSettings) -> list[str]:
         found.append(
             f"{where}.lambda_warmup.warmup_steps: {warmup.warmup_steps} is longer than the stage "
             f"({stage.total_steps} steps), which would end before the model is ternary"
+        )
+    return found
+
+
+def _teacher_problems(name: str, stage: StageSettings, teacher: Teachers) -> list[str]:
+    """What a remote teacher is asked for and does not send."""
+    if not stage.total_steps or not isinstance(teacher, Actors | Server):
+        return []
+    where, found = f"stages.{name}.objectives", []
+    for each, objective in stage.counting:
+        if objective.needs_teacher and not objective.takes_top_k:
+            found.append(
+                f"{where}.{each}: compares more than the likeliest tokens, which are all that a "
+                f"remote teacher (model.teacher.type={teacher.type}) sends; take in_process, "
+                "offload or four_bit"
+            )
+    distill = stage.objectives.logits_distill
+    if distill is None or not distill.weight:
+        return found
+    if isinstance(teacher, Server) and distill.temperature != 1:
+        found.append(
+            f"{where}.logits_distill.temperature: {distill.temperature:g}, but a server tells "
+            "log-probabilities at temperature 1 only; set 1, or take model.teacher.type=actors"
+        )
+    if (distill.top_k or 0) > teacher.top_k:
+        found.append(
+            f"{where}.logits_distill.top_k: {distill.top_k} is more than the {teacher.top_k} "
+            "tokens that the teacher sends (model.teacher.top_k)"
         )
     return found

@@ -46,7 +46,9 @@ def stage_mixture(config: Config, stage: str, manifest: Manifest) -> StageMixtur
     influence, interval = settings.influence, config.influence_interval(stage)
     bounds = (influence.min_weight, influence.max_weight)
     tickets, workers = settings.gradient_accumulation_steps, scaling.num_workers
-    bundle = min(BUNDLE, max(1, LEAD // 2 * tickets // workers))
+    # Training begins when the first bundle of every worker can be planned: well within a window.
+    early = manifest.window // (4 * settings.batch_size * workers)
+    bundle = max(1, min(BUNDLE, early, LEAD // 2 * tickets // workers))
     weights, *phases = _phases(config, stage)
     return StageMixture(
         seed=config.data.seed,

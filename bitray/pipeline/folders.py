@@ -124,10 +124,10 @@ def run_of(checkpoint_uri: str) -> str | None:
 
 def teacher_of(config: Config) -> str:
     """The teacher: one that was named, else the model in full precision."""
-    found = config.model.teacher or original(config)
+    found = getattr(config.model.teacher, "path", None) or original(config)
     if found is None:
         raise UserError(
             "model.teacher: objectives need a teacher, but there is no pretrained model and no "
-            "dense stage; give model.teacher or add stage0"
+            "dense stage; give model.teacher.path or add stage0"
         )
     return found

@@ -12,6 +12,7 @@ from typing import Any
 from bitray import storage
 from bitray.pipeline.config import Config
 from bitray.settings import UserError
+from bitray.training.teacher_settings import PLACEMENT
 
 _ELSEWHERE = {
     "output_dir", "experiment", "logging", "report", "export", "resume", "scaling", "gpu",
@@ -31,6 +32,11 @@ def mathematical_settings(config: Config) -> dict[str, Any]:
     for stage in values["stages"].values():
         for key in _BESIDE:
             stage.pop(key, None)
+    teacher = values["model"]["teacher"]
+    for key in PLACEMENT:
+        teacher.pop(key, None)
+    if teacher["type"] == "offload":  # the same model, kept elsewhere
+        teacher["type"] = "in_process"
     for key in ("prepared_dir", "overlap"):
         values["data"].pop(key, None)
     return values

@@ -13,6 +13,7 @@ from bitray.data.job import inputs_of
 from bitray.data.tokenizer import check_vocabulary, tokenizer_identity
 from bitray.export import can_export
 from bitray.models.convert import to_bitnet
+from bitray.models.families import decoder_layers
 from bitray.models.loading import (
     build_model,
     check_weights,
@@ -24,7 +25,9 @@ from bitray.pipeline.config import Config
 from bitray.pipeline.folders import StageFolder, named_checkpoint
 from bitray.pipeline.remix import schedule_of_mixture
 from bitray.pipeline.report import Table
+from bitray.pipeline.teacher_server import checked
 from bitray.settings import UserError, listed
+from bitray.training.teacher_settings import Actors, InProcess, Offload, Server
 
 GB = 1e9
 
@@ -38,24 +41,42 @@ def resources() -> dict[str, float]:
 
 def check_resources(config: Config, held: Mapping[str, float]) -> None:
     """`UserError` if workers and readers together need more than the cluster has, where Ray would
-    wait for ever."""
+    wait for ever, or GPUs that this machine does not have."""
+    here = torch.cuda.is_available() and not os.environ.get("RAY_ADDRESS")
+    if problem := config.fp8_problem(torch.cuda.get_device_capability() if here else None):
+        raise UserError(problem)
     for name in config.stages:
         scaling = config.scaling_of(name)
+        teacher = _actors(config, name)
         cpus = scaling.num_workers * scaling.cpus_per_worker
         cpus += scaling.readers * scaling.cpus_per_reader
+        gpus = float(scaling.num_workers * scaling.use_gpu)
+        beside = ""
+        if teacher:
+            cpus += teacher.count * teacher.cpus
+            gpus += teacher.count * teacher.gpus
+            beside = f" + {teacher.count} teachers x {teacher.cpus:g}"
         if cpus > held.get("CPU", 0.0):
             raise UserError(
                 f"scaling: stage {name} needs {cpus:g} CPUs ({scaling.num_workers} workers x "
                 f"{scaling.cpus_per_worker:g} + {scaling.readers} readers x "
-                f"{scaling.cpus_per_reader:g}), the cluster has {held.get('CPU', 0.0):g}; lower "
-                "scaling.num_workers, scaling.cpus_per_worker or scaling.readers"
+                f"{scaling.cpus_per_reader:g}{beside}), the cluster has {held.get('CPU', 0.0):g}; "
+                "lower scaling.num_workers, scaling.cpus_per_worker or scaling.readers"
+                + (" or model.teacher.cpus" if teacher else "")
             )
-        if scaling.use_gpu and scaling.num_workers > held.get("GPU", 0.0):
+        if gpus > held.get("GPU", 0.0):
             raise UserError(
-                f"scaling: stage {name} needs {scaling.num_workers} GPUs, the cluster has "
+                f"scaling: stage {name} needs {gpus:g} GPUs, the cluster has "
                 f"{held.get('GPU', 0.0):g}; take scaling=laptop to train on CPUs, or lower "
-                "scaling.num_workers"
+                "scaling.num_workers" + (" or model.teacher.gpus" if teacher else "")
             )
+
+
+def _actors(config: Config, stage: str) -> Actors | None:
+    """The Ray actors that teach in a stage."""
+    teacher, settings = config.model.teacher, config.stages[stage]
+    needed = settings.total_steps and settings.needs_teacher
+    return teacher if needed and isinstance(teacher, Actors) else None
 
 
 def outline(config: Config) -> PreTrainedModel:
@@ -81,8 +102,7 @@ def check_model(config: Config, model: PreTrainedModel, tokenizer: str | None) -
     if tokenizer is not None:
         mine = load_tokenizer(tokenizer)
         check_vocabulary(mine, model.config.vocab_size)
-        if config.model.teacher:
-            _check_teacher(config.model.teacher, mine)
+        _check_teacher(config, mine)
     converted = to_bitnet(model, config.model.quantization.subln)
     reasons: dict[str, list[str]] = {}
     for kind in config.export.gguf:
@@ -105,7 +125,15 @@ def _check_starts(config: Config) -> None:
                 raise UserError(f"stages.{name} is to start from {error}") from None
 
 
-def _check_teacher(name: str, mine: PreTrainedTokenizerBase) -> None:
+def _check_teacher(config: Config, mine: PreTrainedTokenizerBase) -> None:
+    teacher = config.model.teacher
+    if isinstance(teacher, Server):
+        if any(s.needs_teacher for s in config.stages.values()):
+            checked(teacher, mine)
+        return
+    name = teacher.path
+    if name is None:
+        return
     theirs = load_tokenizer(name)
     if tokenizer_identity(theirs) == tokenizer_identity(mine):
         return
@@ -115,7 +143,7 @@ def _check_teacher(name: str, mine: PreTrainedTokenizerBase) -> None:
     if differing:
         token = mine.convert_ids_to_tokens(differing[0])
         what = f"the first id that differs is {differing[0]}, the student's {token!r}"
-    raise UserError(f"model.teacher: {name} has another tokenizer than the student: {what}")
+    raise UserError(f"model.teacher.path: {name} has another tokenizer than the student: {what}")
 
 
 # -------------------------------------------------------------------------------------- dry run
@@ -159,10 +187,24 @@ def memory(config: Config, stage: str, parameters: int, model: PreTrainedModel) 
         masters=4 * share,
         gradients=4 * share,
         optimizer=settings.optimizer.state_bytes(model) / scaling.num_workers,
-        teacher=low * float(parameters) if settings.needs_teacher else 0.0,
+        teacher=_teacher_bytes(config, stage, model, low),
         activations=float(low * tokens * per_token * shape.num_hidden_layers + chunk),
         influence=4 * share * settings.influence.depth * compared,
     )
+
+
+def _teacher_bytes(config: Config, stage: str, model: PreTrainedModel, low: int) -> float:
+    """Of the teacher on one worker's device, taken to be of the student's size: its share, two of
+    its layers if it is offloaded, half a byte and a scale for a weight in 4 bits, or nothing."""
+    teacher, workers = config.model.teacher, config.scaling_of(stage).num_workers
+    if not config.stages[stage].needs_teacher or isinstance(teacher, Actors | Server):
+        return 0.0
+    every = sum(p.numel() for p in model.parameters())
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model)]
+    if isinstance(teacher, InProcess):
+        return low * every / (workers if teacher.sharded(every, workers) else 1)
+    inside = 2.0 * low * max(layers) if isinstance(teacher, Offload) else 0.57 * sum(layers)
+    return inside + low * (every - sum(layers))
 
 
 def plan(config: Config) -> str:
@@ -184,6 +226,7 @@ def plan(config: Config) -> str:
         f"tokenizer {known or 'trained on the data'}",
         "data      "
         + ", ".join(f"{name} {share:.1%}" for name, share in config.data.shares().items()),
+        *_teacher(config),
         f"export    {', '.join(config.export.gguf) or 'no GGUF'}"
         + (", huggingface" if config.export.huggingface else ""),
         f"storage   up to {checkpoints:.3g} GB of checkpoints",
@@ -194,6 +237,16 @@ def plan(config: Config) -> str:
         "nothing was trained (--dry-run)",
     ]
     return "\n".join(lines)
+
+
+def _teacher(config: Config) -> list[str]:
+    """A line about the teacher where any stage has one."""
+    if not any(s.needs_teacher for s in config.stages.values()):
+        return []
+    teacher = config.model.teacher
+    if isinstance(teacher, Server):
+        return [f"teacher   {teacher.url}"]
+    return [f"teacher   {teacher.type}: {teacher.path or config.model.path or 'its dense stage'}"]
 
 
 def _row(config: Config, name: str, parameters: int, model: PreTrainedModel) -> tuple[str, ...]:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from bitray.data.packing import PackedRows
 from bitray.data.permutation import key_of, place
 from bitray.data.shards import Shards, held_out
-from bitray.models.batch import Batch, PackedRows
+from bitray.models.batch import Batch
 from bitray.pipeline.config import Config
 from bitray.settings import UserError
 from bitray.training.influence import Decide, Influence, Material
@@ -104,7 +105,7 @@ def _groups(config: Config, stage: str, shards: Shards) -> Callable[[str, int], 
         # of the opening, so that they do not depend on how far preparing has come
         total = np.full(size, shards.manifest.sources[source].opened("train").rows)
         key = np.full(size, key_of(config.data.seed, "influence", stage, source))
-        rows = shards.read(source, "train", place(cursor, total, key)[1])
+        rows = shards.read(source, "train", place(cursor, total, key, shards.manifest.window)[1])
         each = settings.group_rows
         return [rows.part(at, at + each).batch() for at in range(0, size, each)]
 

@@ -15,17 +15,17 @@ from transformers import PreTrainedModel
 
 from bitray import checkpoint, storage
 from bitray.data.manifest import digest, read_manifest
+from bitray.data.packing import PackedRows
 from bitray.data.shards import Shards, held_out
 from bitray.data.stream import DataEnded, TicketStream, worker_batches
 from bitray.data.weights import UNIT
 from bitray.inference.evaluation import evaluate
-from bitray.models.batch import Batch, PackedRows
+from bitray.models.batch import Batch
 from bitray.models.convert import is_bitnet, to_bitnet
 from bitray.models.isolation import check_documents_isolated
 from bitray.models.loading import (
     build_model,
     load_model,
-    load_teacher,
     load_tokenizer,
     model_files,
 )
@@ -35,6 +35,7 @@ from bitray.pipeline.console import Say, speaking
 from bitray.pipeline.folders import StageFolder, predecessor, resume_point, teacher_of
 from bitray.pipeline.material import RowKind
 from bitray.pipeline.remix import few_updates, remixing
+from bitray.pipeline.remote_teacher import RemoteTeacher, pool, served
 from bitray.pipeline.sinks import sinks_of
 from bitray.settings import UserError
 from bitray.training import state
@@ -43,7 +44,8 @@ from bitray.training.loop import Every, Loop, autocast_for, mean_loss, seed_of
 from bitray.training.metrics import Sink
 from bitray.training.parallel import from_rank_zero, parallelize, world
 from bitray.training.state import Position
-from bitray.training.teacher import InProcessTeacher
+from bitray.training.teacher import Teacher, open_teacher
+from bitray.training.teacher_settings import Actors, Server
 
 STOP = "STOP"
 """File in the run's folder whose presence asks the workers to stop after the step."""
@@ -128,13 +130,19 @@ class Stage:
                 *world(),
                 loop.data_step * self.settings.gradient_accumulation_steps,
             )
+            remote = loop.teacher if isinstance(loop.teacher, RemoteTeacher) else None
+            asked = remote.asked(tickets) if remote else tickets
             try:
-                loop.run(tickets)
+                loop.run(asked)
             except DataEnded:  # preparing it has failed, or was stopped as this is
                 loop.stopped = True
                 here = self.folder.step(loop.position.step)
                 if loop.position.step and not from_rank_zero(lambda: checkpoint.is_complete(here)):
                     self.on_save(loop)
+            finally:
+                if remote:
+                    remote.close()
+            asked.close()
             tickets.close()
         if not loop.stopped:
             self.finish(loop)
@@ -193,7 +201,7 @@ class Stage:
             settings=settings,
             device=self.device,
             autocast=self.autocast,
-            teacher=self.teacher(),
+            teacher=self.teacher(model.model.config.vocab_size),
             position=position,
             hooks=[
                 Every(settings.eval_every, self.on_evaluate),
@@ -214,6 +222,8 @@ class Stage:
             current=weights,
             say=self.say,
         )
+        if isinstance(loop.teacher, RemoteTeacher):
+            loop.problem_with = loop.teacher.problem
         if self.influence is not None:
             if data and found:
                 self.influence.resume(loop, checkpoint.load_state(found)["influence"])
@@ -260,13 +270,20 @@ class Stage:
         run_id = digest([self.config.run_dir, self.job.fingerprint])[:16]  # the same after restarts
         return sinks_of(self.config, self.name, position.step, run_id, self.say)
 
-    def teacher(self) -> InProcessTeacher | None:
+    def teacher(self, vocabulary: int) -> Teacher | None:
         """The teacher, if any objective asks for one."""
         if not (self.settings.total_steps and self.settings.needs_teacher):
             return None
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        model = load_teacher(teacher_of(self.config), dtype, self.device)
-        return InProcessTeacher(model, self.autocast)
+        wanted = self.config.model.teacher
+        if isinstance(wanted, Server):
+            mine = load_tokenizer(self.job.tokenizer)
+            return served(wanted, mine, vocabulary, self.device)
+        path = teacher_of(self.config)
+        if isinstance(wanted, Actors):
+            distill = self.settings.objectives.logits_distill
+            assert distill is not None, "nothing else is compared with a remote teacher"
+            return pool(wanted, path, distill.temperature, self.device)
+        return open_teacher(wanted, path, self.device, self.autocast)
 
     # ----------------------------------------------------------------------------- side work
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from bitray.data.tickets import Deal
 from bitray.models.batch import Batch
@@ -19,7 +18,12 @@ from bitray.nn.linear import set_strength
 from bitray.optim import Reports, clip_grad_norm, set_learning_rates
 from bitray.settings import UserError
 from bitray.training.metrics import Sink, write_all
-from bitray.training.parallel import all_reduce_sums, synchronize_gradients, world
+from bitray.training.parallel import (
+    all_gather_objects,
+    all_reduce_sums,
+    synchronize_gradients,
+    world,
+)
 from bitray.training.settings import TrainingSettings
 from bitray.training.state import Position
 from bitray.training.teacher import Teacher
@@ -82,6 +86,8 @@ class Loop:
     sinks: Sequence[Sink] = ()
     stop_requested: Callable[[], bool] = lambda: False
     """Asked on this worker before every step; one worker's yes stops all after that step."""
+    problem_with: Callable[[Sequence[Batch]], str | None] = lambda _: None
+    """Asked on this worker about the batches of every step; what one worker says stops all."""
     stopped: bool = False
     data_step: int = 0
     """Steps whose tickets have been drawn; differs from `position.step` where a resumed run was
@@ -191,14 +197,19 @@ class Loop:
         self, batches: list[Batch], passes: list[Pass], weights: dict[str, float]
     ) -> dict[str, float]:
         """Terms of every objective, real tokens, wishes to stop: of all workers, in one reduce."""
-        names = [*weights, "tokens", "stop"]
+        names = [*weights, "tokens", "stop", "problem"]
         sums = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         for each in passes:
             for name in each.names:
                 sums[names.index(name)] += getattr(self.settings.objectives, name).count(each.view)
-        sums[-2] = sum(batch.real.sum() for batch in batches)
-        sums[-1] = float(self.stop_requested())
+        problem = self.problem_with(batches)
+        sums[-3] = sum(batch.real.sum() for batch in batches)
+        sums[-2] = float(self.stop_requested())
+        sums[-1] = float(problem is not None)
         counts = dict(zip(names, all_reduce_sums(sums).tolist(), strict=True))
+        if counts.pop("problem"):
+            told = next(filter(None, all_gather_objects(problem)))
+            raise UserError(f"{self.stage}, step {self.position.step}: {told}")
         if not any(counts[name] for name in weights):
             raise UserError(
                 f"{self.stage}, step {self.position.step}: not one token to learn from in the "
@@ -352,12 +363,8 @@ class Loop:
 
 def _sum_over_workers(sums: dict[str, float]) -> dict[str, float]:
     """Sums by name; workers may know different names, an empty ticket none at all."""
-    parts: list[Any] = [sums]
-    if dist.is_initialized():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, sums)
     total: dict[str, float] = defaultdict(float)
-    for part in parts:
+    for part in all_gather_objects(sums):
         for key, value in part.items():
             total[key] += value
     return dict(total)

@@ -12,6 +12,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from bitray.models.families import decoder_layers
 from bitray.models.losses import LossModel
+from bitray.nn import bit_linears
+from bitray.settings import UserError
+from bitray.training.fp8 import capability_of
 from bitray.training.settings import TrainingSettings
 
 T = TypeVar("T")
@@ -25,6 +28,11 @@ def world() -> tuple[int, int]:
 def parallelize(model: LossModel, settings: TrainingSettings, device: torch.device) -> LossModel:
     """Lay the model over the workers, in place. One worker is not sharded."""
     layers = decoder_layers(model.model)
+    if settings.fp8.enabled and bit_linears(model):
+        told = all_gather_objects(settings.fp8.problem(device.type, capability_of(device)))
+        if any(told):
+            raise UserError(f"training.{next(filter(None, told))}")
+        settings.fp8.apply(model.model)
     if settings.torch_compile.enabled:
         _compile(layers, settings)
     if settings.activation_checkpointing:
@@ -64,10 +72,18 @@ def synchronize_gradients(model: nn.Module, on: bool) -> None:
 
 
 def from_rank_zero(ask: Callable[[], T]) -> T:
-    """What `ask` answers on rank 0, on every worker."""
-    answer: list[Any] = [ask() if world()[0] == 0 else None]
+    """What `ask` answers on rank 0, on every worker; its `UserError` likewise, since one that
+    stopped alone would leave the others waiting."""
+    answer: list[Any] = [None]
+    if world()[0] == 0:
+        try:
+            answer = [ask()]
+        except UserError as error:
+            answer = [error]
     if dist.is_initialized():
         dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], UserError):
+        raise answer[0]
     return cast(T, answer[0])
 
 
@@ -76,3 +92,12 @@ def all_reduce_sums(values: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def all_gather_objects(mine: T) -> list[T]:
+    """What every worker gives, in the order of ranks."""
+    found: list[Any] = [mine]
+    if dist.is_initialized():
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, mine)
+    return found

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from bitray.objectives import Objectives, combined_weights
+from bitray.objectives import Objective, Objectives, combined_weights
 from bitray.optim import AdamW, Optimizer, ZClip
 from bitray.schedules import (
     ActivationSparsity,
@@ -16,6 +16,7 @@ from bitray.schedules import (
     StrengthWarmup,
 )
 from bitray.settings import Settings, nearest
+from bitray.training.fp8 import FP8
 from bitray.training.plateau import EarlyStopping
 
 
@@ -152,6 +153,7 @@ class TrainingSettings(Settings):
     tf32: bool = True
     activation_checkpointing: bool = False
     torch_compile: TorchCompile = TorchCompile()
+    fp8: FP8 = FP8()
     logits_chunk: int | None = Field(default=None, ge=1)
     """Tokens whose logits exist at a time; None: 256 on CPUs, 2048 on GPUs."""
 
@@ -209,10 +211,15 @@ class TrainingSettings(Settings):
         return sorted({*self.curriculum.turns(self.total_steps), *more})
 
     @property
+    def counting(self) -> list[tuple[str, Objective]]:
+        """Objectives that count at any step."""
+        names = dict.fromkeys(name for step in self.turns for name in self.weights(step))
+        return [(name, getattr(self.objectives, name)) for name in names]
+
+    @property
     def needs_teacher(self) -> bool:
-        """Whether any objective that ever counts compares the student with a teacher."""
-        names = {name for step in self.turns for name in self.weights(step)}
-        return any(getattr(self.objectives, name).needs_teacher for name in names)
+        """Whether any of them compares the student with a teacher."""
+        return any(objective.needs_teacher for _, objective in self.counting)
 
     def strength(self, step: int, initial: float) -> float:
         """Quantisation strength of a step in a stage whose predecessor ended at `initial`."""

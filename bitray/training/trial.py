@@ -27,10 +27,12 @@ from bitray.models.batch import Batch
 from bitray.models.convert import SubLNChoice, to_bitnet
 from bitray.models.loading import skeleton
 from bitray.models.losses import LossModel
+from bitray.models.sparse import TopK
 from bitray.training.loop import Every, Loop, autocast_for
 from bitray.training.parallel import parallelize, world
 from bitray.training.settings import TrainingSettings
-from bitray.training.teacher import InProcessTeacher
+from bitray.training.teacher import Teacher, lay_out, low_precision
+from bitray.training.teacher_settings import Actors, Server, Teachers
 
 LOOK_SECONDS = 0.02
 
@@ -42,6 +44,8 @@ class Trial:
     settings: TrainingSettings
     model: str
     teacher: str
+    placing: Teachers
+    """Of the teacher."""
     subln: SubLNChoice | None
     """None: the stage is dense."""
     device: str
@@ -143,9 +147,7 @@ def _some_steps(trial: Trial, batch_size: int, device: torch.device) -> None:
     autocast = autocast_for(device, settings.precision)
     teacher = None
     if settings.needs_teacher:
-        low = torch.bfloat16 if device.type == "cuda" else torch.float32
-        theirs = _model(trial.teacher, None).requires_grad_(False).eval().to(low).to(device)
-        teacher = InProcessTeacher(theirs, autocast)
+        teacher = _teacher(trial, device, autocast)
     steps = telling_steps(settings)
     loop = Loop("trial", model, optimizer, settings, device, autocast, teacher)
 
@@ -158,6 +160,22 @@ def _some_steps(trial: Trial, batch_size: int, device: torch.device) -> None:
     loop.hooks = [Every(1, go_on)]
     loop.position.schedule_step = steps.pop()
     loop.run(_made_up(tickets, batch_size, settings.max_seq_length, student.config.vocab_size))
+
+
+def _teacher(trial: Trial, device: torch.device, autocast: torch.autocast) -> Teacher:
+    if not isinstance(trial.placing, Actors | Server):
+        model = _model(trial.teacher, None)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(low_precision(device))
+        return lay_out(trial.placing, model, device, autocast)
+    k, distill = trial.placing.top_k, trial.settings.objectives.logits_distill
+    temperature = 1.0 if distill is None else distill.temperature
+
+    def answer(batch: Batch, layers: bool) -> TopK:
+        rows, length = batch.input_ids.shape
+        return TopK.blank(rows, length, k, k + 1, temperature).to(device)
+
+    return answer
 
 
 def telling_steps(settings: TrainingSettings) -> list[int]:

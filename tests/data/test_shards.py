@@ -10,8 +10,8 @@ from bitray import storage
 from bitray.data import Manifest, Row, Shards, held_out
 from bitray.data import shards as module
 from bitray.data.manifest import Counts, Shard, SourceManifest, read_manifest, write_manifest
+from bitray.data.packing import PackedRows
 from bitray.data.shards import ShardWriter
-from bitray.models.batch import PackedRows
 from bitray.settings import UserError
 
 LENGTH = 16
@@ -43,8 +43,8 @@ def written(root: str, shards: list[list[Row]]) -> Manifest:
     counts = Counts(documents=3 * total, tokens=9 * total, rows=total, shards=tuple(found))
     splits = {"train": counts, "probe": Counts(), "validation": Counts()}
     return Manifest(
-        job="x", length=LENGTH, group_rows=module.group_rows(LENGTH), tokenizer="t", vocab_size=9,
-        eos_token_id=0, made_from={}, sources={"s": SourceManifest(splits=splits)},
+        job="x", length=LENGTH, group_rows=module.group_rows(LENGTH), window=64, tokenizer="t",
+        vocab_size=9, eos_token_id=0, made_from={}, sources={"s": SourceManifest(splits=splits)},
     )  # fmt: skip
 
 

@@ -53,6 +53,7 @@ def prepared(root: Path) -> Manifest:
         job=hashlib.sha256(str(root).encode()).hexdigest(),
         length=SYNTHETIC.length,
         group_rows=group_rows(SYNTHETIC.length),
+        window=4096,
         tokenizer="t",
         vocab_size=SYNTHETIC.vocab_size,
         eos_token_id=0,

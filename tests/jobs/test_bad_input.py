@@ -95,6 +95,22 @@ def test_more_workers_and_readers_than_cpus(command: Command) -> None:
     assert "needs 1802 CPUs (900 workers x 2 + 8 readers x 0.25), the cluster has " in told
 
 
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+def test_8_bit_floats_without_a_gpu_that_has_them(command: Command, flags: list[str]) -> None:
+    said = command("pretrain", *flags, FRESH, "training.fp8.enabled=true").sentence()
+    assert "stages.stage1_9.fp8: needs GPUs of compute capability 9.0" in said
+
+
+def test_a_teacher_server_that_is_not_there(command: Command, models: Path) -> None:
+    said = command(
+        "pretrain", "--dry-run", "training=stage2_pretrain", "model=smollm2_135m",
+        f"model.path={models / 'dense'}", "training.max_seq_length=32",
+        "model.teacher.type=server", "model.teacher.url=http://127.0.0.1:9/v1",
+        "model.teacher.attempts=1", "training.objectives.logits_distill.temperature=1",
+    ).sentence()  # fmt: skip
+    assert "model.teacher.url: http://127.0.0.1:9/v1/models does not answer after 1 tries" in said
+
+
 def test_more_gpus_than_exist(command: Command) -> None:
     words = ["scaling.num_workers=64", "scaling.cpus_per_worker=0.001", "scaling.use_gpu=true"]
     told = command("pretrain", "--dry-run", *words).sentence()

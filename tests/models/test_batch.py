@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from bitray.models.batch import IGNORED, Batch, PackedRows
+from bitray.data.packing import PackedRows
+from bitray.models.batch import IGNORED, Batch
 
 
 def test_labels_of_prompts_and_first_tokens_are_masked() -> None:

@@ -25,7 +25,7 @@ def manifest(rows: int = 1000, done: bool = True) -> Manifest:
     splits = {"train": counts, "probe": Counts(), "validation": Counts()}
     sources = {name: SourceManifest(splits=splits, done=done) for name in NAMES}
     return Manifest(
-        job="m", length=256, group_rows=1, tokenizer="t", vocab_size=9, eos_token_id=0,
+        job="m", length=256, group_rows=1, window=4096, tokenizer="t", vocab_size=9, eos_token_id=0,
         made_from={}, sources=sources,
     )  # fmt: skip
 
@@ -113,6 +113,8 @@ def test_only_the_size_of_bundles_depends_on_the_number_of_workers(
         config = configured("any", *said)
         mixture = stage_mixture(config, "stage2", manifest())
         assert mixture.lead >= least_lead(mixture.bundle, workers, tickets)
+        reach = mixture.bundle * workers * mixture.rows_per_ticket
+        assert reach <= manifest().window or mixture.bundle == 1, "training begins in one window"
         values = mixture.to_json()
         assert 1 <= values.pop("bundle") <= BUNDLE and values.pop("max_workers") == workers
         found.append(values)

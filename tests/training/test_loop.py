@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -211,6 +211,20 @@ def test_a_teacher_is_asked_only_in_the_phases_that_need_it() -> None:
     assert not settings(
         objectives={"logits_distill": {"weight": 3}}, curriculum=never
     ).needs_teacher
+
+
+def test_a_problem_with_the_batches_of_a_step_stops_before_it() -> None:
+    """As where a remote teacher does not answer: the weights stay those of the last whole step."""
+    asked = []
+
+    def problem(batches: Sequence[Batch]) -> str | None:
+        asked.append(len(batches))
+        return "the teacher is gone" if len(asked) == 3 else None
+
+    run = loop(settings(), problem_with=problem)
+    with pytest.raises(UserError, match=r"step 2: the teacher is gone"):
+        run.run(tickets())
+    assert run.position.step == 2 and len(set(asked)) == 1 and asked[0] > 0
 
 
 def test_distillation_pulls_the_student_to_its_teacher() -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from test_loop import CONFIG, settings
 
 from bitray.models.loading import build_model
+from bitray.training.teacher_settings import InProcess, Server
 from bitray.training.trial import Trial, candidates, largest, memory, peak, telling_steps
 
 
@@ -52,15 +53,16 @@ def trial(**changes: object) -> Trial:
         batch_size=64, gradient_accumulation_steps=2, max_seq_length=512, logits_chunk=64,
         objectives={"logits_distill": {}}, saliency_curriculum={"enabled": True},
     )  # fmt: skip
-    values = {"settings": given, "model": config, "teacher": config, "subln": "paper",
-              "device": "cpu", "rank": 1, "world": 2}  # fmt: skip
+    values = {"settings": given, "model": config, "teacher": config, "placing": InProcess(),
+              "subln": "paper", "device": "cpu", "rank": 1, "world": 2}  # fmt: skip
     return Trial(**values | changes)  # type: ignore[arg-type]
 
 
 def test_what_a_micro_batch_takes_is_measured_apart_and_more_than_the_limit_is_stopped():
     """64 rows of 512 tokens of 32 floats: every activation kept takes 4 MB."""
     alone = trial(rank=0, world=1)
-    small, large = peak(trial(), 1, math.inf), peak(alone, 64, math.inf)
+    far = Server(url="http://nowhere/v1")
+    small, large = peak(trial(placing=far), 1, math.inf), peak(alone, 64, math.inf)
     assert small > 50e6 and small + 100e6 < large
     assert peak(alone, 64, (small + large) / 2) == math.inf
     with pytest.raises(RuntimeError, match="model_type"):
