@@ -36,7 +36,8 @@ class AdamW8bit(OptimizerSettings):
     """Whole tensors of fewer elements keep moments of 32 bits, however they are sharded."""
 
     def state_bytes(self, model: nn.Module) -> float:
-        large = sum(p.numel() for p in model.parameters() if p.numel() >= self.min_8bit_size)
+        trained = (p.numel() for p in model.parameters() if p.requires_grad)
+        large = sum(count for count in trained if count >= self.min_8bit_size)
         return super().state_bytes(model) - (6 - 8 / BLOCK) * large
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:

@@ -45,7 +45,9 @@ class MuonClip(MuonSettings):
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer of a model's trainable parameters, after they have been sharded."""
-        return MuonClipOptimizer(self.muon_groups(model, self.type), measure(model), self.tau)
+        # what is frozen cannot grow
+        attentions = [a for a in measure(model) if a.q_proj.weight.requires_grad]
+        return MuonClipOptimizer(self.muon_groups(model, self.type), attentions, self.tau)
 
 
 class MuonClipOptimizer(MuonOptimizer):

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -190,10 +191,10 @@ class Asked:
         self.steps: list[int] = []
         self.run: Loop | None = None
 
-    def __call__(self, batch: Batch, layers: bool) -> TeacherOutput:
+    def __call__(self, batch: Batch, *wanted: Any) -> TeacherOutput:
         assert self.run is not None
         self.steps.append(self.run.position.step)
-        return self.real(batch, layers)
+        return self.real(batch, *wanted)
 
 
 def test_a_teacher_is_asked_only_in_the_phases_that_need_it() -> None:
