@@ -1,5 +1,6 @@
 """Before a run: whether the cluster can hold it, what it will do, and what it takes."""
 
+import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from bitray.models.loading import (
     local_model,
     skeleton,
 )
+from bitray.models.low_rank import add_corrections, train_corrections_only
 from bitray.models.mask_token import set_mask_token
 from bitray.nn import bit_linears, rank_of
 from bitray.pipeline.config import Config
@@ -202,9 +204,14 @@ def memory(config: Config, stage: str, parameters: int, model: PreTrainedModel) 
         compared = len(config.probes(stage)) + settings.influence.groups * len(
             config.data.remixed()
         )
+    if settings.lrc is not None:
+        model = to_bitnet(copy.deepcopy(model), config.model.quantization.subln)
+        add_corrections(model, settings.lrc.rank)
+        train_corrections_only(model)
+    learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Memory(
         masters=4 * share,
-        gradients=4 * share,
+        gradients=4 * learnt / scaling.num_workers,
         optimizer=settings.optimizer.state_bytes(model) / scaling.num_workers,
         teacher=_teacher_bytes(config, stage, model, low),
         activations=float(low * tokens * per_token * shape.num_hidden_layers + chunk),

@@ -387,7 +387,7 @@ class Loop:
                 if key.startswith(f"{name}/") and not key.endswith("/sum"):
                     metrics[f"train/{name}_{key.partition('/')[2]}"] = sums[key] / count
         if "dlm" in window.counts:
-            metrics["train/dlm_num_masked"] = window.counts["dlm"] / window.steps
+            metrics["train/dlm_num_masked"] = window.counts["dlm"] / updates
         for at, name in enumerate(self.sources):
             metrics[f"mixture/share_{name}"] = tokens[at] / window.counts["tokens"]
             if labels[at]:

@@ -27,6 +27,7 @@ from bitray.models.batch import Batch
 from bitray.models.convert import SubLNChoice, to_bitnet
 from bitray.models.loading import skeleton
 from bitray.models.losses import LossModel
+from bitray.models.low_rank import add_corrections, corrected_layers, train_corrections_only
 from bitray.models.sparse import TopK
 from bitray.training.loop import Every, Loop, autocast_for
 from bitray.training.parallel import parallelize, world
@@ -139,6 +140,12 @@ def _some_steps(trial: Trial, batch_size: int, device: torch.device) -> None:
         }
     )
     student = _model(trial.model, trial.subln)
+    if settings.needs_mask_token:
+        student.config.mask_token_id = student.config.vocab_size - 1
+    if settings.lrc is not None:
+        if not corrected_layers(student):
+            add_corrections(student, settings.lrc.rank)
+        train_corrections_only(student)
     model = LossModel(student, settings.logits_chunk).to(device).train()
     parallelize(model, settings, device)
     optimizer = settings.optimizer.build(model)
@@ -204,7 +211,7 @@ def _model(config: str, subln: SubLNChoice | None) -> PreTrainedModel:
 
 def _take_state(model: LossModel, optimizer: torch.optim.Optimizer) -> None:
     """A step without gradients worth the name: they may not be finite later on."""
-    for parameter in model.parameters():
+    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -65,6 +65,8 @@ def test_what_a_micro_batch_takes_is_measured_apart_and_more_than_the_limit_is_s
     small, large = peak(trial(), 1, math.inf), peak(alone, 64, math.inf)
     assert small > 50e6 and small + 100e6 < large
     assert peak(alone, 64, (small + large) / 2) == math.inf
+    masks = settings(max_seq_length=64, objectives={"dlm": {"weight": 1.0}}, lrc={})
+    assert peak(trial(settings=masks), 1, math.inf) < large, "block diffusion of corrections"
     with pytest.raises(RuntimeError, match="model_type"):
         peak(trial(model="{}"), 1, math.inf)
 
