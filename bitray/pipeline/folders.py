@@ -102,7 +102,7 @@ def resolve_checkpoint(uri: str) -> str:
     which may be a Hugging Face folder or id."""
     if checkpoint.is_complete(uri):
         return uri
-    stages = ("stage3", "stage2", "stage1_9", "stage1", "stage0")
+    stages = ("dlm_distill", "stage3", "stage2", "stage1_9", "stage1", "stage0")
     roots = [storage.join(uri, "checkpoints"), uri]
     roots += [storage.join(uri, f"{stage}_checkpoint", "checkpoints") for stage in stages]
     for root in roots:
