@@ -97,12 +97,19 @@ def original(config: Config) -> str | None:
     return StageFolder(config.run_dir, dense[-1]).final if dense else None
 
 
+def config_of(run_dir: str) -> Config:
+    """The configuration that a run was made with."""
+    uri = storage.join(run_dir, "config.yaml")
+    return Config.load_text(storage.read_text(uri), uri)
+
+
 def resolve_checkpoint(uri: str) -> str:
-    """The checkpoint meant by a checkpoint's, a stage's or a run's folder; else the name itself,
-    which may be a Hugging Face folder or id."""
+    """The checkpoint meant by a checkpoint's, a stage's or a run's folder (that of its last stage
+    which has one); else the name itself, which may be a Hugging Face folder or id."""
     if checkpoint.is_complete(uri):
         return uri
-    stages = ("lrc", "stage3", "stage2", "stage1_9", "stage1", "stage0")
+    runs = [uri] if storage.exists(storage.join(uri, "config.yaml")) else []
+    stages = [stage for run_dir in runs for stage in reversed(config_of(run_dir).stages)]
     roots = [storage.join(uri, "checkpoints"), uri]
     roots += [storage.join(uri, f"{stage}_checkpoint", "checkpoints") for stage in stages]
     for root in roots:

@@ -27,7 +27,7 @@ from bitray.models.losses import LossModel
 from bitray.nn import set_strength
 from bitray.pipeline.config import Config
 from bitray.pipeline.finish import model_card
-from bitray.pipeline.folders import resolve_checkpoint, run_of
+from bitray.pipeline.folders import config_of, resolve_checkpoint, run_of
 from bitray.pipeline.material import Material, tokenizer_of
 from bitray.pipeline.report import Table
 from bitray.pipeline.requests import Evaluation, Export, Generation, Serving
@@ -36,12 +36,6 @@ from bitray.pipeline.session import ray_session
 from bitray.pipeline.worker import batches_of, read_evaluations
 from bitray.settings import UserError
 from bitray.training.loop import autocast_for, mean_loss
-
-
-def config_of(run_dir: str) -> Config:
-    """The configuration that a run was made with."""
-    uri = storage.join(run_dir, "config.yaml")
-    return Config.load_text(storage.read_text(uri), uri)
 
 
 def device_at_hand() -> torch.device:
