@@ -175,8 +175,8 @@ def test_a_parameter_without_a_place_is_refused(tmp_path):
     model, tokenizer = make_model("llama")
     layer = model.model.layers[0].mlp.up_proj
     assert isinstance(layer, BitLinear)
-    layer.register_parameter("correction", torch.nn.Parameter(torch.zeros(2)))
-    with pytest.raises(UserError, match=r"no tensor for model\.layers\.0\.mlp\.up_proj\.correct"):
+    layer.register_parameter("stray", torch.nn.Parameter(torch.zeros(2)))
+    with pytest.raises(UserError, match=r"no tensor for model\.layers\.0\.mlp\.up_proj\.stray"):
         write_gguf(model, tokenizer, tmp_path / "m.gguf", "f32")
 
 

@@ -146,10 +146,10 @@ def test_refusals(tmp_path):
     with pytest.raises(UserError, match=r"strength is 0\.25"):
         write_huggingface(model, tokenizer, tmp_path / "hf")
     model.model.layers[0].mlp.up_proj.register_parameter(
-        "correction", torch.nn.Parameter(torch.zeros(2))
+        "stray", torch.nn.Parameter(torch.zeros(2))
     )
     set_strength(model, 1.0)
-    with pytest.raises(UserError, match=r"no place for model\.layers\.0\.mlp\.up_proj\.correction"):
+    with pytest.raises(UserError, match=r"no place for model\.layers\.0\.mlp\.up_proj\.stray"):
         write_huggingface(model, tokenizer, tmp_path / "hf")
     with pytest.raises(UserError, match="no ternary layer"):
         write_huggingface(build_model({"model_type": "llama", **FIELDS}), tokenizer, tmp_path / "x")

@@ -384,11 +384,11 @@ def test_a_ternary_model_speaks_as_before_without_its_masters(
     )
 
 
-def test_there_is_no_such_mode_yet_or_ever(
+def test_a_model_without_a_mask_token_is_not_served_by_blocks(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    with pytest.raises(UserError, match=r"mode=sideways: .* there is: autoregressive"):
-        CheckpointEngine(model, tokenizer, "sideways")
+    with pytest.raises(UserError, match="this model has no mask token"):
+        CheckpointEngine(model, tokenizer, "diffusion")
 
 
 def test_a_file_that_llama_cpp_cannot_read_is_one_sentence(tmp_path: Path) -> None:

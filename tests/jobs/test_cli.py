@@ -26,7 +26,9 @@ def test_help_tells_how_to_call_it(command: Command, job: str) -> None:
 @pytest.mark.parametrize("job", ["pretrain", "prepare"])
 def test_help_lists_groups_and_their_choices(command: Command, job: str) -> None:
     out = command(job, "--help").out
-    for group, choices in Config.groups().items():
+    groups = {name: each for name, each in Config.groups().items() if name != "tasks"}
+    assert "  tasks=" not in out, "a group of the evaluation"
+    for group, choices in groups.items():
         assert f"  {group}=" in out
         for name, about in choices.items():
             assert name in out and about in out, f"{group}={name}"
@@ -36,6 +38,7 @@ def test_help_lists_groups_and_their_choices(command: Command, job: str) -> None
 
 def test_help_of_an_evaluation_lists_data(command: Command) -> None:
     out = command("evaluate", "--help").out
+    assert "  tasks=" in out and "GLUE" in out
     assert "  data=" in out and "embedded" in out and "local" in out and "  scaling=" not in out
 
 
