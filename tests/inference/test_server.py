@@ -4,6 +4,7 @@ Answers are compared with what the engine's model says when it is asked without 
 """
 
 import asyncio
+import copy
 import http.client
 import json
 import threading
@@ -21,13 +22,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bitray.data.tokenizer import train_tokenizer
 from bitray.export import write_gguf
-from bitray.inference import Sampling
+from bitray.inference import Diffusion, Sampling
+from bitray.inference.diffusion import diffuse
 from bitray.inference.engines import CheckpointEngine, Engine, GGUFEngine
 from bitray.inference.generation import generate, tokens
 from bitray.inference.protocol import speak
 from bitray.inference.server import Server, listen
 from bitray.models.convert import to_bitnet
 from bitray.models.loading import build_model
+from bitray.models.mask_token import add_mask_token
 from bitray.nn import bit_linears
 from bitray.settings import UserError
 
@@ -382,6 +385,18 @@ def test_a_ternary_model_speaks_as_before_without_its_masters(
     assert kept + weights == sum(
         p.numel() for p in to_bitnet(build_model(CONFIG), subln).parameters()
     )
+
+
+def test_a_model_with_a_mask_token_speaks_in_blocks(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    taught, speaks = to_bitnet(copy.deepcopy(model), "none"), copy.deepcopy(tokenizer)
+    add_mask_token(taught, speaks)
+    taught.config.diffusion_block = 4
+    ids, sampling = [5, 6, 7], Sampling(temperature=0, max_new_tokens=9)
+    told = list(diffuse(taught, ids, sampling, Diffusion(), None))
+    engine = CheckpointEngine(taught, speaks, "diffusion")
+    assert told and list(engine.tokens(ids, sampling)) == told
 
 
 def test_a_model_without_a_mask_token_is_not_served_by_blocks(
