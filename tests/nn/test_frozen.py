@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bitray.nn import BitLinear, bit_linears
+from bitray.nn import BitLinear, LowRankCorrection, bit_linears
 from bitray.nn.frozen import FrozenBitLinear, freeze
 
 
@@ -26,7 +26,8 @@ def test_it_computes_the_same_to_the_bit(dtype: torch.dtype, bias: bool, subln: 
 def test_a_model_is_frozen_where_it_can_be() -> None:
     """A layer that holds something more keeps computing it."""
     more = BitLinear(16, 16)
-    more.add_module("correction", nn.Linear(16, 16))
+    more.correction = LowRankCorrection(16, 16, 2)
+    nn.init.normal_(more.correction.u)
     model = nn.Sequential(BitLinear(16, 16, subln=True), nn.Linear(16, 16), more)
     x, before = torch.randn(3, 16), sum(p.numel() for p in model.parameters())
     expected = model(x)
