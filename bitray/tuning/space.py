@@ -168,20 +168,20 @@ class SearchSpace(Composed):
     num_trials: int = Field(default=30, ge=1)
     max_concurrent: int | None = Field(default=None, ge=1)
     """None: as many as the cluster holds."""
-    sobol_trials: int = Field(default=12, ge=0)
+    sobol_trials: int = Field(default=12, ge=2)
     """So many points are spread evenly (those of `start` count), the others chosen by a model."""
     scheduler: Scheduler = Scheduler()
     budget: dict[str, StageBudget] = {}
     seed: int = 0
 
     @classmethod
-    def load(  # type: ignore[override] - overrides may also be of the run
-        cls, path: str, overrides: Sequence[str] = ()
-    ) -> "SearchSpace":
+    def load(cls, path: str | None = None, overrides: Sequence[str] = ()) -> "SearchSpace":
         """The space of a YAML file. Words are of the space (`num_trials=50`) or of the run.
 
         `UserError` tells of all that is wrong with it, for itself and against the run.
         """
+        if path is None:
+            raise UserError("give the YAML file of a search space")
         if not Path(path).is_file():
             siblings = [p.name for p in Path(path).parent.glob("*.y*ml")]
             raise UserError(f"{path}: no such file{nearest(Path(path).name, siblings)}")
@@ -314,6 +314,15 @@ class SearchSpace(Composed):
                 )
             if parameter.when:
                 raise ValueError(f"'{text}': {path} matters only sometimes (when)")
+
+    def metrics(self) -> list[str]:
+        """All that a trial has to report."""
+        said = [name for text in self.outcome_constraints for name in at_most_zero(text).terms]
+        return list(dict.fromkeys([*self.objectives, *said]))
+
+    def allows(self, metrics: Mapping[str, float]) -> bool:
+        """Whether what a trial reported keeps the outcome constraints."""
+        return all(at_most_zero(text).value(metrics) <= 0 for text in self.outcome_constraints)
 
     # ------------------------------------------------------------------------------- checks
 
