@@ -17,6 +17,7 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
+from bitray import storage
 from bitray.settings import UserError, nearest
 from bitray.tuning.space import SearchSpace
 
@@ -40,12 +41,13 @@ class AxSearcher(Searcher):
     and optionally `tokens` (what progressions are counted in, else `training_iteration`); one that
     cannot be had, because it diverges or does not fit, reports `abandoned`, the reason.
     `ahead` candidates are made before anyone asks, without the results that come in meanwhile.
+    With a `file` all state is kept there at every change, and found there again.
     """
 
-    def __init__(self, space: SearchSpace, *, ahead: int = 1) -> None:
+    def __init__(self, space: SearchSpace, *, ahead: int = 1, file: str | None = None) -> None:
         super().__init__()
-        self.space, self.ahead = space, ahead
-        self._set({})
+        self.space, self.ahead, self.file = space, ahead, file
+        self._set(storage.read_json(file) if file and storage.exists(file) else {})
 
     # ---------------------------------------------------------------------- Tune's interface
 
@@ -59,6 +61,7 @@ class AxSearcher(Searcher):
             index = self._ready.pop(0)
             self._trials[trial_id] = index
             self._ask(self.ahead)
+            self._keep()
             return dict(self._overrides[index])
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -119,24 +122,37 @@ class AxSearcher(Searcher):
         """State after some events, and the events still to come."""
         with self._changed:
             self._check()
-            return {
-                "ax": self._snapshot,
-                "overrides": list(self._overrides.items()),
-                "ended": list(self._ended.items()),
-                "ready": list(self._ready),
-                "trials": dict(self._trials),
-                "made": self._made,
-                "exhausted": self._exhausted,
-                "events": list(self._events),
-            }
+            return self._state()
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "ax": self._snapshot,
+            "overrides": list(self._overrides.items()),
+            "ended": list(self._ended.items()),
+            "ready": list(self._ready),
+            "trials": dict(self._trials),
+            "made": self._made,
+            "exhausted": self._exhausted,
+            "events": list(self._events),
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on from what `get_state` gave."""
         self._stop()
         self._set(state)
 
+    def hand_out_again(self) -> None:
+        """Have trials that were begun and did not end be suggested once more, before all others:
+        for a driver that starts anew and whose trials continue where they stood."""
+        with self._changed:
+            begun = sorted(i for i in set(self._trials.values()) if i not in self._ended)
+            self._ready = [*begun, *self._ready]
+            self._trials = {t: i for t, i in self._trials.items() if i in self._ended}
+
     def __getstate__(self) -> dict[str, Any]:
-        said = {name: self.__dict__[name] for name in ("_metric", "_mode", "space", "ahead")}
+        said = {
+            name: self.__dict__[name] for name in ("_metric", "_mode", "space", "ahead", "file")
+        }
         return {"said": said, "state": self.get_state()}
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
@@ -216,7 +232,12 @@ class AxSearcher(Searcher):
         with self._changed:
             self._check()
             self._events.append(event)
+            self._keep()
             self._changed.notify_all()
+
+    def _keep(self) -> None:
+        if self.file:
+            storage.write_json(self.file, self._state())
 
     def _coming(self) -> int:
         return sum(event["do"] == "generate" for event in self._events)
@@ -272,6 +293,7 @@ class AxSearcher(Searcher):
             self._made += 1
             self._ready.append(index)
             self._events.popleft()
+            self._keep()
             self._changed.notify_all()
 
     def _tell(self, event: Event) -> None:
@@ -295,6 +317,7 @@ class AxSearcher(Searcher):
                 if status != "result":
                     self._ended[index] = (status, event["metrics"])
             self._events.popleft()
+            self._keep()
             self._changed.notify_all()
 
     def _index(self, event: Event) -> int | None:
