@@ -146,8 +146,9 @@ class AxSearcher(Searcher):
         for a driver that starts anew and whose trials continue where they stood."""
         with self._changed:
             begun = sorted(i for i in set(self._trials.values()) if i not in self._ended)
-            self._ready = [*begun, *self._ready]
-            self._trials = {t: i for t, i in self._trials.items() if i in self._ended}
+            self._ready[:0] = begun
+            for trial in [t for t, i in self._trials.items() if i in begun]:
+                del self._trials[trial]
 
     def __getstate__(self) -> dict[str, Any]:
         said = {

@@ -40,7 +40,7 @@ def sweep(space: SearchSpace, name: str) -> str:
     with ray_session():
         if left > 0:
             base = common(config, folder)
-            _tuner(space, config, base, searcher, folder, left).fit()
+            _tuner(searcher, config, base, left).fit()
         return write_report(folder, space, config, searcher)
 
 
@@ -79,12 +79,10 @@ def common(config: Config, folder: str) -> str:
     return base.run_dir
 
 
-def _tuner(
-    space: SearchSpace, config: Config, base: str, searcher: AxSearcher, folder: str, trials: int
-) -> tune.Tuner:
+def _tuner(searcher: AxSearcher, config: Config, base: str, trials: int) -> tune.Tuner:
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     total = sum(lengths(config).values())
-    objective, direction = next(iter(space.objectives.items()))
+    space = searcher.space
     how = space.scheduler
     scheduler: Any = FIFOScheduler()
     if how.type == "asha":
@@ -108,7 +106,7 @@ def _tuner(
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=folder,
+            storage_path=base.rpartition("/")[0],
             failure_config=tune.FailureConfig(max_failures=RETRIES),
             verbose=1,
         ),

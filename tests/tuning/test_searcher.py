@@ -180,6 +180,21 @@ def test_a_copy_at_any_moment_goes_on_alike(tmp_path: Any) -> None:
         assert len(each.ended()) == 8 and set(ax_statuses(each).values()) == {"completed"}
 
 
+def test_a_driver_that_was_killed_begins_where_it_was(tmp_path: Any) -> None:
+    """Whatever moment the file is of: no trial that ended is run again, and none is missing."""
+    file = str(tmp_path / "searcher.json")
+    killed = AxSearcher(space(), file=file)
+    samples = [asked(killed, f"t{n}") for n in range(4)]
+    killed.on_trial_complete("t1", told(samples[1], 3))  # of which Ax may not know yet
+    again = AxSearcher(space(), file=file)
+    again.settle()
+    again.hand_out_again()
+    rest = run_all(again, "u")
+    assert rest[:3] == [samples[0], *samples[2:]] and len(rest) == 7 and samples[1] not in rest
+    assert [each.status for each in again.ended()] == ["completed"] * 8
+    assert len(ax_statuses(again)) == 8
+
+
 def test_more_trials_may_follow(tmp_path: Any) -> None:
     searcher = AxSearcher(space())
     run_all(searcher)
