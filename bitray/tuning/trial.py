@@ -83,7 +83,8 @@ def share(config: Config, base: str) -> None:
     """Link what is done once for all trials into the folder of one."""
     evaluations = storage.join(config.run_dir, EVALUATIONS)
     if not storage.exists(evaluations):
-        storage.write_json(evaluations, read_evaluations(base))
+        known = read_evaluations(base).items()
+        storage.write_json(evaluations, {k: v for k, v in known if k not in trained(config)})
     for stage in config.stages:
         here = Path(config.run_dir, f"{stage}_checkpoint")
         if stage not in trained(config) and not here.is_symlink():
@@ -139,7 +140,7 @@ def outcome(config: Config, found: list[dict[str, Any]]) -> dict[str, Any]:
     memory = [e["train/peak_memory_gb"] for e in found if "train/peak_memory_gb" in e]
     rate = statistics.median(rates) if rates else math.nan
     loss, seconds, peak = mean_loss(_losses(last)), tokens / rate, max(memory, default=math.nan)
-    drop = mean_loss(read_evaluations(config.run_dir).get(CONVERTED, {"": math.nan})) - loss
+    drop = untrained_loss(config) - loss
     return {
         "loss": loss,
         "loss_drop": drop,
@@ -152,6 +153,13 @@ def outcome(config: Config, found: list[dict[str, Any]]) -> dict[str, Any]:
         "loss_drop_per_second_per_gb": drop / seconds / peak,
         "progress": tokens / sum(total.values()),
     }
+
+
+def untrained_loss(config: Config) -> float:
+    """Held-out loss of the model made ternary without any training."""
+    known = read_evaluations(config.run_dir)
+    converted = [name for name, stage in config.stages.items() if stage.convert_only]
+    return mean_loss(known[next((name for name in converted if name in known), CONVERTED)])
 
 
 def records(run_dir: str) -> list[dict[str, Any]]:
