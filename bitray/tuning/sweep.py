@@ -22,7 +22,7 @@ from bitray.settings import UserError
 from bitray.tuning.report import write_report
 from bitray.tuning.searcher import AxSearcher
 from bitray.tuning.space import SearchSpace
-from bitray.tuning.trial import lengths, trained, trial
+from bitray.tuning.trial import clean, lengths, trained, trial, trial_config
 
 RETRIES = 2
 """Of a trial that fails for no fault of its settings; it goes on where it stood."""
@@ -41,6 +41,8 @@ def sweep(space: SearchSpace, name: str) -> str:
         if left > 0:
             base = common(config, folder)
             _tuner(searcher, config, base, left).fit()
+            for each in searcher.ended():  # also of those that were stopped
+                clean(trial_config(config, base, each.overrides))
         return write_report(folder, space, config, searcher)
 
 

@@ -59,9 +59,14 @@ def trial(sample: dict[str, Any], config: Config, base: str) -> None:
             raise errors[0]
         tune.report({**last, "loss": math.nan, "abandoned": reason})
         return
-    for stage in trained(config):  # what trials have in common is only linked, and stays
-        storage.remove(storage.join(config.run_dir, f"{stage}_checkpoint"))
+    clean(config)
     tune.report(last)
+
+
+def clean(config: Config) -> None:
+    """Delete a trial's checkpoints; what trials have in common is only linked, and stays."""
+    for stage in trained(config):
+        storage.remove(storage.join(config.run_dir, f"{stage}_checkpoint"))
 
 
 def _run(config: Config, errors: list[BaseException]) -> None:
