@@ -160,8 +160,12 @@ class Composed(Settings):
     def load(cls: type[Root], path: str | None = None, overrides: Sequence[str] = ()) -> Root:
         """The configuration that an optional YAML file and `key=value` words describe."""
         layers = [] if path is None else [cls._file(path)]
-        words = dict(_split(word) for word in overrides)
-        return cls.compose([*layers, cls._spoken("the command line", words)])
+        return cls.compose([*layers, cls.spoken(overrides)])
+
+    @classmethod
+    def spoken(cls, overrides: Sequence[str]) -> Layer:
+        """What `key=value` words of the command line say."""
+        return cls._spoken("the command line", dict(_split(word) for word in overrides))
 
     @classmethod
     def load_text(cls: type[Root], text: str, origin: str) -> Root:

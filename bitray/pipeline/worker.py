@@ -1,5 +1,6 @@
 """What one Ray Train worker does: the stages it was given, one after the other, in one group."""
 
+import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -373,7 +374,8 @@ class Stage:
     def note(self, loop: Loop, losses: Mapping[str, float]) -> None:
         """Held-out losses into metrics and position."""
         position = loop.position
-        loop.write({f"eval/{domain}_loss": loss for domain, loss in losses.items()})
+        told = {f"eval/{domain}_loss": loss for domain, loss in losses.items()}
+        loop.write({**told, "train/peak_memory_gb": peak_memory_gb(self.device)})
         if position.best is None or mean_loss(losses) < position.best:
             position.best = mean_loss(losses)
             if not loop.at_end:
@@ -404,6 +406,13 @@ def read_evaluations(run_dir: str) -> dict[str, dict[str, float]]:
     """Name of a stage (or `original`, `converted`) -> domain -> held-out loss."""
     uri = storage.join(run_dir, EVALUATIONS)
     return storage.read_json(uri) if storage.exists(uri) else {}
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most that this worker took so far: of its GPU, or of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def batches_of(rows: Mapping[str, PackedRows], size: int) -> dict[str, list[Batch]]:

@@ -1,0 +1,564 @@
+"""A search space: which settings of a run are tried, for what, at which cost.
+
+Parameters are dotted paths into the run's configuration. Rates are searched in log10, linearly, so
+that constraints may speak of them; Ax sees plain names, `stages__stage2__optimizer__lr`.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
+
+from bitray.pipeline.config import Config
+from bitray.settings import Composed, Layer, Settings, Tree, UserError, listed, nearest
+from bitray.tuning.linear import Linear, at_most_zero, linear
+
+Number = int | float
+Scalar = StrictBool | StrictInt | StrictFloat | StrictStr
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Interval = tuple[Finite, Finite]
+Integers = tuple[StrictInt, StrictInt]
+KINDS = ("uniform", "loguniform", "int", "choice", "ordered", "fixed", "derived")
+INNER = 0.377
+"""Where between its bounds a parameter is tried at load: no whole number there by chance."""
+
+METRICS = {
+    "loss": "held-out cross-entropy at strength 1 after the last stage, mean over domains, in nats",
+    "loss_drop": "nats by which training lowers the loss of the model rounded without any",
+    "tokens": "tokens trained on, over all stages of the trial",
+    "steps": "optimizer steps, over all stages of the trial",
+    "seconds": "seconds of training, start-up excluded",
+    "tokens_per_second": "tokens over seconds",
+    "peak_memory_gb": "most memory that a worker took",
+    "tokens_per_second_per_gb": "tokens_per_second over peak_memory_gb",
+    "loss_drop_per_second_per_gb": "loss_drop over seconds and peak_memory_gb",
+}
+"""What every trial reports, and thus what can be an objective."""
+
+
+class Parameter(Settings):
+    """One setting of the run; exactly one of the kinds, and when it matters."""
+
+    uniform: Interval | None = None
+    loguniform: Interval | None = None
+    int: Integers | None = None
+    choice: tuple[Scalar, ...] | None = None
+    """Values without an order."""
+    ordered: tuple[StrictInt | StrictFloat, ...] | None = None
+    """Ascending numbers, of which neighbours are alike."""
+    fixed: Any = None
+    derived: str | None = None
+    """A linear expression in other parameters, such as `1 - a - b`."""
+    when: dict[str, Scalar | tuple[Scalar, ...]] = {}
+    """A `choice` or `ordered` parameter, and its value or values with which this one matters."""
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> "Parameter":
+        given = [kind for kind in KINDS if kind in self.model_fields_set]
+        if len(given) != 1:
+            said = f"not {' and '.join(given)}" if given else "none is given"
+            raise ValueError(f"give one of {', '.join(KINDS)}; {said}")
+        problem = self._bounds_problem() or self._values_problem()
+        if problem:
+            raise ValueError(problem)
+        if len(self.when) > 1:
+            raise ValueError("when: name one parameter; conditions on two are nested, one in one")
+        return self
+
+    def _bounds_problem(self) -> str | None:
+        if self.bounds is None:
+            return None
+        low, high = self.bounds
+        if low >= high:
+            return f"{self.kind}: the lower bound {low:g} is not below the upper one {high:g}"
+        if self.loguniform and low <= 0:
+            return f"loguniform: {low:g} has no logarithm; bounds must be above 0"
+        return None
+
+    def _values_problem(self) -> str | None:
+        if self.kind not in ("choice", "ordered"):
+            return None
+        if len(set(map(repr, self.values))) < max(2, len(self.values)):
+            return f"{self.kind}: give at least two values, each once; fixed is for a single one"
+        if self.ordered and list(self.ordered) != sorted(self.ordered):
+            return "ordered: the values must ascend"
+        return None
+
+    @property
+    def kind(self) -> str:
+        """Which of `KINDS` it is."""
+        return next(kind for kind in KINDS if kind in self.model_fields_set)
+
+    @property
+    def bounds(self) -> tuple[Number, Number] | None:
+        """Of an interval."""
+        return self.uniform or self.loguniform or self.int
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """Of a finite choice."""
+        return self.choice or self.ordered or ()
+
+    @property
+    def searched(self) -> bool:
+        """Whether Ax decides about it."""
+        return self.kind not in ("fixed", "derived")
+
+    @property
+    def condition(self) -> tuple[str, tuple[Any, ...]] | None:
+        """The parameter that decides whether this one matters, and with which of its values."""
+        for path, said in self.when.items():
+            return path, said if isinstance(said, tuple) else (said,)
+        return None
+
+    def tried(self) -> tuple[Any, ...]:
+        """Values that have to be legal if all between them are to be."""
+        if self.bounds is None:
+            return (self.fixed,) if self.kind == "fixed" else self.values
+        low, high = self.bounds
+        if self.int:
+            return (low, high)
+        if self.loguniform:
+            return (low, low * (high / low) ** INNER, high)
+        return (low, low + INNER * (high - low), high)
+
+
+class StageBudget(Settings):
+    """Length of a stage in every trial."""
+
+    steps: int | None = Field(default=None, ge=1)
+    tokens: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _is_one(self) -> "StageBudget":
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("give either steps or tokens")
+        return self
+
+
+class Scheduler(Settings):
+    """Early stopping of trials."""
+
+    type: Literal["asha", "none"] = "asha"
+    grace: float = Field(default=0.25, gt=0, le=1)
+    """Share of a trial's tokens that it may use in any case."""
+    reduction_factor: float = Field(default=3.0, gt=1)
+    """One of so many goes on at each rung."""
+
+
+class SearchSpace(Composed):
+    """What is searched. `load` checks all of it against the configuration of the run."""
+
+    configs: ClassVar[Path] = Path("no groups")
+    default_groups: ClassVar[dict[str, str]] = {}
+
+    run: dict[str, Any] = {}
+    """The configuration that all trials share, as in a `--config` file."""
+    parameters: dict[str, Parameter] = Field(min_length=1)
+    constraints: tuple[str, ...] = ()
+    """Linear: `a.b + 0.5 * c.d <= 1`; of two rates `a.lr <= b.lr` or `log10(a.lr) + ... >= -5`."""
+    objectives: dict[str, Literal["minimize", "maximize"]] = Field(min_length=1)
+    outcome_constraints: tuple[str, ...] = ()
+    """`peak_memory_gb <= 20`; of several objectives also what is worst to be had for the front."""
+    start: tuple[dict[str, Any], ...] = ()
+    """Points that are tried before all others."""
+    num_trials: int = Field(default=30, ge=1)
+    max_concurrent: int | None = Field(default=None, ge=1)
+    """None: as many as the cluster holds."""
+    sobol_trials: int = Field(default=12, ge=2)
+    """So many points are spread evenly (those of `start` count), the others chosen by a model."""
+    scheduler: Scheduler = Scheduler()
+    budget: dict[str, StageBudget] = {}
+    seed: int = 0
+
+    @classmethod
+    def load(cls, path: str | None = None, overrides: Sequence[str] = ()) -> "SearchSpace":
+        """The space of a YAML file. Words are of the space (`num_trials=50`) or of the run.
+
+        `UserError` tells of all that is wrong with it, for itself and against the run.
+        """
+        if path is None:
+            raise UserError("give the YAML file of a search space")
+        if not Path(path).is_file():
+            siblings = [p.name for p in Path(path).parent.glob("*.y*ml")]
+            raise UserError(f"{path}: no such file{nearest(Path(path).name, siblings)}")
+        own = [word for word in overrides if re.split(r"[.=]", word)[0] in cls.model_fields]
+        space = super().load(path, own)
+        space._words = [word for word in overrides if word not in own]
+        found = space.against(space.config())
+        if found:
+            raise UserError(listed(found))
+        return space
+
+    _words: list[str] = []
+
+    def config(self) -> Config:
+        """The configuration that trials vary: `run`, budgets, then the command line."""
+        tree = dict(self.run)
+        groups = tree.pop("groups", None)
+        lines = {
+            path[1:]: line
+            for layer in self._layers
+            for path, line in layer.lines.items()
+            if path[0] == "run"
+        }
+        origin = self._layers[0].origin if self._layers else "the search space"
+        base = Config.compose([Layer(origin, tree, groups, lines)])
+        found = [
+            f"budget.{name}: the run has no such stage{nearest(name, base.stages)}; "
+            f"it has: {', '.join(base.stages)}"
+            for name in self.budget
+            if name not in base.stages
+        ]
+        if found:
+            raise UserError(listed(found))
+        budgets = base.override(self._lengths())
+        return Config.compose([*budgets._layers, Config.spoken(self._words)])
+
+    def _lengths(self) -> Tree:
+        lengths: Tree = {}
+        for stage, budget in self.budget.items():
+            lengths[f"stages.{stage}.max_steps"] = budget.steps
+            if budget.tokens:
+                lengths[f"stages.{stage}.total_tokens"] = budget.tokens
+        return lengths
+
+    # ------------------------------------------------------------------------------- points
+
+    def searched(self) -> dict[str, Parameter]:
+        """What Ax decides about, by path."""
+        return {path: p for path, p in self.parameters.items() if p.searched}
+
+    def active(self, path: str, values: Mapping[str, Any]) -> bool:
+        """Whether a parameter matters, given those before it."""
+        condition = self.parameters[path].condition
+        return condition is None or values.get(condition[0], ...) in condition[1]
+
+    def overrides(self, point: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings of the run, by path, for a point in Ax's names and scales."""
+        found: dict[str, Any] = {}
+        for path, parameter in self._parents_first():
+            if not self.active(path, found):
+                continue
+            if parameter.kind == "fixed":
+                found[path] = parameter.fixed
+            elif parameter.derived:
+                found[path] = linear(parameter.derived).value(found)
+            else:
+                found[path] = decoded(parameter, point[name_of(path)])
+        return {path: found[path] for path in self.parameters if path in found}
+
+    def point(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """The point in Ax's names and scales for settings of the run."""
+        return {
+            name_of(path): encoded(parameter, overrides[path])
+            for path, parameter in self.searched().items()
+            if self.active(path, overrides)
+        }
+
+    def _parents_first(self) -> Iterator[tuple[str, Parameter]]:
+        def rank(path: str) -> tuple[bool, int]:
+            return self.parameters[path].derived is not None, len(self._ancestors(path))
+
+        for path in sorted(self.parameters, key=rank):
+            yield path, self.parameters[path]
+
+    def _ancestors(self, path: str) -> dict[str, Any]:
+        """Parameters above one, with values that make it matter; nearest first."""
+        found: dict[str, Any] = {}
+        while path in self.parameters and (said := self.parameters[path].condition):
+            path = said[0]
+            if path in found:
+                raise UserError(f"parameters.{path}: when: it depends on itself")
+            found[path] = said[1][0]
+        return found
+
+    def inequalities(self) -> list[tuple[dict[str, float], float]]:
+        """Constraints as `sum(coefficient * x) <= bound`, in paths and in the scales of Ax."""
+        return [self._inequality(text) for text in self.constraints]
+
+    def _inequality(self, text: str) -> tuple[dict[str, float], float]:
+        said = at_most_zero(text)
+        self._check_numbers(text, said)
+        logs = {path for path in said.paths if self.parameters[path].loguniform}
+        wrong = next((path for path in said.logs if path not in logs), None)
+        if wrong:
+            raise ValueError(f"'{text}': {wrong} is not loguniform; leave log10 out")
+        bare = [path for path in said.terms if path in logs]
+        if not bare:
+            return {**said.terms, **said.logs}, -said.constant
+        (first, a), (second, b) = (*said.terms.items(), ("", 0.0), ("", 0.0))[:2]
+        if len(said.terms) != 2 or len(bare) != 2 or said.logs or said.constant or a * b >= 0:
+            raise ValueError(
+                f"'{text}' is not linear in the logarithm in which {bare[0]} is searched; compare "
+                f"two rates (a <= 2 * b), write log10({bare[0]}), or make it uniform"
+            )
+        less, more = (first, second) if a > 0 else (second, first)  # |a| less <= |b| more
+        ratio = abs(said.terms[more] / said.terms[less])
+        return {less: 1.0, more: -1.0}, math.log10(ratio)
+
+    def _check_numbers(self, text: str, said: Linear) -> None:
+        for path in said.paths:
+            parameter = self.parameters.get(path)
+            if parameter is None:
+                raise ValueError(
+                    f"'{text}': {path} is no parameter{nearest(path, self.parameters)}"
+                )
+            if parameter.bounds is None:
+                raise ValueError(
+                    f"'{text}': {path} is {parameter.kind}; only uniform, loguniform and int "
+                    "parameters can be in a sum"
+                )
+            if parameter.when:
+                raise ValueError(f"'{text}': {path} matters only sometimes (when)")
+
+    def metrics(self) -> list[str]:
+        """All that a trial has to report."""
+        said = [name for text in self.outcome_constraints for name in at_most_zero(text).terms]
+        return list(dict.fromkeys([*self.objectives, *said]))
+
+    def allows(self, metrics: Mapping[str, float]) -> bool:
+        """Whether what a trial reported keeps the outcome constraints."""
+        return all(at_most_zero(text).value(metrics) <= 0 for text in self.outcome_constraints)
+
+    # ------------------------------------------------------------------------------- checks
+
+    def problems(self) -> list[str]:
+        """What is wrong with the space for itself."""
+        found = [text for path in self.parameters for text in self._parameter_problems(path)]
+        for n, text in enumerate(self.constraints):
+            found += [f"constraints.{n}: {problem}" for problem in _refused(self._inequality, text)]
+        if not found:
+            found += self._region_problems()
+        return [*found, *self._outcome_problems(), *self._size_problems()]
+
+    def _parameter_problems(self, path: str) -> list[str]:
+        parameter, where = self.parameters[path], f"parameters.{path}"
+        found = []
+        if parameter.condition:
+            above, values = parameter.condition
+            known = {p: each for p, each in self.parameters.items() if each.values}
+            if above not in known:
+                found.append(
+                    f"{where}.when: {above} is no choice or ordered parameter"
+                    f"{nearest(above, known)}"
+                )
+            else:
+                found += [
+                    f"{where}.when: {value!r} is none of the values of {above}: "
+                    + ", ".join(map(repr, known[above].values))
+                    for value in values
+                    if not any(value is v or repr(value) == repr(v) for v in known[above].values)
+                ]
+            found += _refused(self._ancestors, path)
+        if parameter.derived is not None:
+            problems = _refused(linear, parameter.derived)
+            if not problems:
+                said = linear(parameter.derived)
+                problems = _refused(lambda text: self._check_numbers(text, said), parameter.derived)
+                if said.logs:
+                    problems.append("log10 has no place in a derived parameter")
+            found += [f"{where}.derived: {problem}" for problem in problems]
+        twins = [p for p in self.parameters if p != path and name_of(p) == name_of(path)]
+        if twins:
+            found.append(f"{where}: Ax cannot tell it from {twins[0]}")
+        return found
+
+    def _region_problems(self) -> list[str]:
+        """Whether constraints leave anything."""
+        if self.constraints and self.extremes(Linear({}, {}, 0.0)) is None:
+            return ["constraints: no point of the space satisfies all of them"]
+        return []
+
+    def extremes(self, of: Linear) -> tuple[float, float] | None:
+        """Least and largest value of an expression where all constraints hold; None: nowhere."""
+        import numpy as np
+        from scipy.optimize import linprog
+
+        numbers = {p: each for p, each in self.searched().items() if each.bounds}
+        if not numbers:
+            return of.constant, of.constant
+        bounds = [tuple(encoded(each, b) for b in each.bounds or ()) for each in numbers.values()]
+        rows = self.inequalities()
+        limits: dict[str, Any] = {"bounds": bounds}
+        if rows:
+            limits["A_ub"] = np.array([[row.get(p, 0.0) for p in numbers] for row, _ in rows])
+            limits["b_ub"] = np.array([bound for _, bound in rows])
+        cost = np.array([of.terms.get(p, 0.0) for p in numbers])
+        least, most = linprog(cost, **limits), linprog(-cost, **limits)
+        if not (least.success and most.success):
+            return None
+        low, high = least.fun + of.constant, -most.fun + of.constant
+        return round(low, 12) + 0.0, round(high, 12) + 0.0
+
+    def _outcome_problems(self) -> list[str]:
+        found = []
+        for n, text in enumerate(self.outcome_constraints):
+            problems = _refused(at_most_zero, text)
+            if not problems:
+                said = at_most_zero(text)
+                if said.logs or not said.terms:
+                    problems.append(f"'{text}' speaks of no metric; write peak_memory_gb <= 20")
+                own = [name for name in said.terms if name in self.objectives]
+                if own and len(self.objectives) == 1:
+                    problems.append(f"'{text}': {own[0]} is the objective itself")
+            found += [f"outcome_constraints.{n}: {problem}" for problem in problems]
+        return found
+
+    def _size_problems(self) -> list[str]:
+        dimensions, first = len(self.searched()), len(self.start)
+        found = []
+        if not dimensions:
+            found.append("parameters: all are fixed, so there is nothing to search")
+        if self.sobol_trials > self.num_trials:
+            found.append(
+                f"sobol_trials: {self.sobol_trials} is more than num_trials {self.num_trials}"
+            )
+        if max(first, dimensions) > self.num_trials:
+            said = (
+                f"{first} points to start from"
+                if first > dimensions
+                else f"{dimensions} parameters"
+            )
+            found.append(f"num_trials: {self.num_trials} is too few for {said}")
+        for path, parameter in self.searched().items():
+            stage, _, length = path.removeprefix("stages.").partition(".")
+            budget = self.budget.get(stage)
+            kind = {"max_steps": "steps", "total_tokens": "tokens"}.get(length)
+            if budget is None or kind is None or not path.startswith("stages."):
+                continue
+            limit, most = getattr(budget, kind), max(parameter.bounds or parameter.values)
+            if limit is None or most > limit:
+                told = f"{limit:,} {kind}" if limit else f"{budget.tokens or budget.steps:,}"
+                found.append(f"parameters.{path}: {most:,} is more than budget.{stage}, {told}")
+        return found
+
+    def against(self, config: Config) -> list[str]:
+        """What is wrong with the space for this run: paths, types, bounds, metrics, points."""
+        metrics = [f"objectives.{name}" for name in self.objectives]
+        for n, text in enumerate(self.outcome_constraints):
+            metrics += [f"outcome_constraints.{n}.{name}" for name in at_most_zero(text).terms]
+        found = [
+            f"{where}: no trial reports {name}{nearest(name, METRICS)}; they report: "
+            + ", ".join(METRICS)
+            for where in metrics
+            if (name := where.rsplit(".", 1)[-1]) not in METRICS
+        ]
+        for path in self.parameters:
+            found += self._told(path, config)
+        if not found:
+            found += self._start_problems(config)
+        return list(dict.fromkeys(found))
+
+    def _told(self, path: str, config: Config) -> list[str]:
+        """The first mistake that the run's configuration finds in a parameter."""
+        missing = _missing_entry(config, path)
+        if missing:
+            return [f"{missing}{self._line(path)}"]
+        parameter, above = self.parameters[path], self._ancestors(path)
+        values: Sequence[Any] = parameter.tried()
+        if parameter.derived is not None:
+            values = self.extremes(linear(parameter.derived)) or ()
+        parent, states = parameter.condition or (path, (None,))
+        for state in states:
+            for value in values:
+                said = {**above, **({parent: state} if parent != path else {}), path: value}
+                try:
+                    config.override(said)
+                except UserError as error:
+                    return [f"{error}{self._line(path)}"]
+        return []
+
+    def _line(self, path: str) -> str:
+        for layer in self._layers:
+            if ("parameters", path) in layer.lines:
+                return f" ({layer.origin}, line {layer.lines['parameters', path]})"
+        return ""
+
+    def _start_problems(self, config: Config) -> list[str]:
+        found = []
+        for n, point in enumerate(self.start):
+            where = f"start.{n}"
+            strange = [path for path in point if path not in self.searched()]
+            found += [
+                f"{where}: {path} is not searched{nearest(path, self.searched())}"
+                for path in strange
+            ]
+            lacking = [p for p in self.searched() if self.active(p, point) and p not in point]
+            found += [f"{where}: {path} has to be given" for path in lacking]
+            if strange or lacking:
+                continue
+            found += [
+                f"{where}.{path}: {value!r} lies outside of the space"
+                for path, value in point.items()
+                if self.active(path, point) and not _holds(self.parameters[path], value)
+            ]
+            found += [f"{where}: {problem}" for problem in _refused(config.override, point)]
+        return found
+
+
+# ------------------------------------------------------------------------------ names and scales
+
+
+def name_of(path: str) -> str:
+    """Ax parses names, and dots are operators there."""
+    return re.sub(r"\W", "__", path)
+
+
+def encoded(parameter: Parameter, value: Any) -> Any:
+    """A setting as Ax sees it: rates as log10, mixed choices as text."""
+    if parameter.loguniform:
+        return math.log10(value)
+    return value if parameter.values == () or not mixed(parameter) else repr(value)
+
+
+def decoded(parameter: Parameter, value: Any) -> Any:
+    """A setting from what Ax says; within its bounds to the last bit."""
+    if parameter.loguniform:
+        low, high = parameter.loguniform
+        return min(max(10.0**value, low), high)
+    if parameter.values:
+        return next(each for each in parameter.values if encoded(parameter, each) == value)
+    return value
+
+
+def mixed(parameter: Parameter) -> bool:
+    """Whether values are of several types, which Ax does not take."""
+    return len({type(value) for value in parameter.values}) > 1
+
+
+def _holds(parameter: Parameter, value: Any) -> bool:
+    if parameter.bounds is None:
+        return any(repr(value) == repr(each) for each in parameter.values)
+    low, high = parameter.bounds
+    return isinstance(value, (int, float)) and low <= value <= high
+
+
+def _refused(function: Any, argument: Any) -> list[str]:
+    try:
+        function(argument)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def _missing_entry(config: Config, path: str) -> str | None:
+    """What is wrong where a path names an entry, such as a source, that the run does not have."""
+    node: Any = config
+    for n, part in enumerate(parts := path.split(".")):
+        if isinstance(node, Mapping):
+            if part not in node:
+                where = ".".join(parts[: n + 1])
+                return (
+                    f"{where}: the run has none of this name{nearest(part, node)}; there are: "
+                    + (", ".join(node) or "none")
+                )
+            node = node[part]
+        elif part in getattr(type(node), "model_fields", {}):
+            node = getattr(node, part)
+        else:
+            return None
+    return None

@@ -1,0 +1,179 @@
+"""A trial: a run of the real pipeline with a sample of the space, told to Tune as it goes."""
+
+import json
+import math
+import statistics
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from bitray import storage
+from bitray.data.manifest import digest
+from bitray.pipeline.cli import causes
+from bitray.pipeline.config import Config
+from bitray.pipeline.run import run
+from bitray.pipeline.worker import CONVERTED, EVALUATIONS, read_evaluations
+from bitray.settings import UserError
+from bitray.training.loop import mean_loss
+
+POLL_SECONDS = 0.5
+MEMORY = "out of memory"
+
+
+def trial_config(config: Config, base: str, overrides: Mapping[str, Any]) -> Config:
+    """The configuration of a trial: in a folder of its own beside `base`, named by its sample, so
+    that the same sample finds what it has done before."""
+    place = {
+        "output_dir": storage.join(base.rpartition("/")[0], "trials"),
+        "experiment": digest(dict(overrides))[:12],
+    }
+    return config.override({**overrides, **place})
+
+
+def trial(sample: dict[str, Any], config: Config, base: str) -> None:
+    """What Tune runs. `base` is the run that holds what all trials have in common.
+
+    A run that diverges or does not fit in memory is reported as `abandoned`, for it would do so
+    again; any other failure is raised, and Tune tries again where the run stood.
+    """
+    config = trial_config(config, base, sample)
+    share(config, base)
+    errors: list[BaseException] = []
+    thread = threading.Thread(target=_run, args=(config, errors), name="run", daemon=True)
+    thread.start()
+    last: dict[str, Any] = {"progress": 0.0, "tokens": 0}
+    for told in follow(config, thread):
+        if not math.isfinite(told["loss"]):
+            tune.report({**last, "loss": math.nan, "abandoned": "the held-out loss is not finite"})
+            return
+        last = told
+        if told["progress"] < 1:
+            tune.report(told)
+    thread.join()
+    if errors:
+        reason = _hopeless(errors[0])
+        if reason is None:
+            raise errors[0]
+        tune.report({**last, "loss": math.nan, "abandoned": reason})
+        return
+    clean(config)
+    tune.report(last)
+
+
+def clean(config: Config) -> None:
+    """Delete a trial's checkpoints; what trials have in common is only linked, and stays."""
+    for stage in trained(config):
+        storage.remove(storage.join(config.run_dir, f"{stage}_checkpoint"))
+
+
+def _run(config: Config, errors: list[BaseException]) -> None:
+    try:
+        run(config)
+    except BaseException as error:
+        errors.append(error)
+
+
+def _hopeless(error: BaseException) -> str | None:
+    """Why the same settings would fail again; None if they may not."""
+    for each in causes(error):
+        if isinstance(each, UserError) or MEMORY in str(each).lower():
+            return str(each).splitlines()[0]
+    return None
+
+
+def share(config: Config, base: str) -> None:
+    """Link what is done once for all trials into the folder of one."""
+    evaluations = storage.join(config.run_dir, EVALUATIONS)
+    if not storage.exists(evaluations):
+        known = read_evaluations(base).items()
+        storage.write_json(evaluations, {k: v for k, v in known if k not in trained(config)})
+    for stage in config.stages:
+        here = Path(config.run_dir, f"{stage}_checkpoint")
+        if stage not in trained(config) and not here.is_symlink():
+            here.symlink_to(Path(base, here.name))
+            order = storage.join(base, "mixture", f"{stage}.json")
+            if storage.exists(order):  # where the next stage's rows begin
+                to = storage.join(config.run_dir, "mixture", f"{stage}.json")
+                storage.write_json(to, storage.read_json(order))
+
+
+def trained(config: Config) -> list[str]:
+    """Stages that trials train: all that take steps and are not dense."""
+    return [name for name, stage in config.stages.items() if stage.total_steps and not stage.dense]
+
+
+def lengths(config: Config) -> dict[str, int]:
+    """Tokens of every stage that trials train."""
+    return {
+        name: stage.total_steps * stage.rows_per_step * stage.max_seq_length
+        for name in trained(config)
+        for stage in [config.stages[name]]
+    }
+
+
+def follow(config: Config, thread: threading.Thread) -> Iterator[dict[str, Any]]:
+    """Held-out evaluations of a run while it goes on, as results for Tune."""
+    seen = 0
+    while True:
+        alive = thread.is_alive()
+        found = records(config.run_dir)
+        evaluated = [n for n, each in enumerate(found) if _losses(each)]
+        for n in evaluated[seen:]:
+            if found[n]["stage"] in trained(config):
+                yield outcome(config, found[: n + 1])
+        seen = len(evaluated)
+        if not alive:
+            return
+        thread.join(POLL_SECONDS)
+
+
+def outcome(config: Config, found: list[dict[str, Any]]) -> dict[str, Any]:
+    """All of `METRICS` at the last of a run's records, which is an evaluation."""
+    last, tokens, steps = found[-1], 0, 0
+    total = lengths(config)
+    for name, most in total.items():
+        stage = config.stages[name]
+        done = last["step"] if name == last["stage"] else stage.total_steps
+        steps += done
+        tokens += most * done // stage.total_steps
+        if name == last["stage"]:
+            break
+    rates = [e["train/tokens_per_second"] for e in found if "train/tokens_per_second" in e]
+    memory = [e["train/peak_memory_gb"] for e in found if "train/peak_memory_gb" in e]
+    rate = statistics.median(rates) if rates else math.nan
+    loss, seconds, peak = mean_loss(_losses(last)), tokens / rate, max(memory, default=math.nan)
+    drop = untrained_loss(config) - loss
+    return {
+        "loss": loss,
+        "loss_drop": drop,
+        "tokens": tokens,
+        "steps": steps,
+        "seconds": seconds,
+        "tokens_per_second": rate,
+        "peak_memory_gb": peak,
+        "tokens_per_second_per_gb": rate / peak,
+        "loss_drop_per_second_per_gb": drop / seconds / peak,
+        "progress": tokens / sum(total.values()),
+    }
+
+
+def untrained_loss(config: Config) -> float:
+    """Held-out loss of the model made ternary without any training."""
+    known = read_evaluations(config.run_dir)
+    converted = [name for name, stage in config.stages.items() if stage.convert_only]
+    return mean_loss(known[next((name for name in converted if name in known), CONVERTED)])
+
+
+def records(run_dir: str) -> list[dict[str, Any]]:
+    """The whole lines of `metrics.jsonl`."""
+    uri = storage.join(run_dir, "metrics.jsonl")
+    if not storage.exists(uri):
+        return []
+    return [json.loads(line) for line in storage.read_text(uri).rpartition("\n")[0].splitlines()]
+
+
+def _losses(record: Mapping[str, Any]) -> dict[str, float]:
+    return {k: float(v) for k, v in record.items() if k.startswith("eval/")}

@@ -1,0 +1,212 @@
+"""Search spaces: those that come with bitray, points and settings, and what is refused."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitray.settings import UserError
+from bitray.tuning import SearchSpace
+
+SPACES = sorted((Path(__file__).parents[2] / "search_spaces").glob("*.yaml"))
+LR, LR19 = "stages.stage2.optimizer.lr", "stages.stage1_9.optimizer.lr"
+SALIENCY = "stages.stage2.saliency_curriculum"
+GOOD = {
+    "parameters": {
+        LR19: {"loguniform": [1e-3, 8e-3]},
+        LR: {"loguniform": [1e-3, 8e-3]},
+        f"{SALIENCY}.enabled": {"choice": [False, True]},
+        f"{SALIENCY}.initial_k": {"ordered": [0.05, 0.1], "when": {f"{SALIENCY}.enabled": True}},
+    },
+    "constraints": [f"{LR} <= 2 * {LR19}"],
+    "objectives": {"loss": "minimize"},
+    "outcome_constraints": ["peak_memory_gb <= 20"],
+    "budget": {"stage2": {"steps": 50}},
+}
+
+
+def written(folder: Path, **changes) -> str:
+    path = folder / "space.yaml"
+    path.write_text(yaml.safe_dump({**GOOD, **changes}))
+    return str(path)
+
+
+def corners(space: SearchSpace):
+    """Points at the bounds and in the middle that constraints may or may not allow."""
+    for at in (0.0, 0.5, 1.0):
+        values = {}
+        for path, each in space.searched().items():
+            low, high = each.bounds or (0, 0)
+            inner = low * (high / low) ** at if each.loguniform else low + at * (high - low)
+            found = each.values[int(at * (len(each.values) - 1))] if each.values else inner
+            values[path] = round(found) if each.int else found
+        yield space.point(values)
+
+
+@pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
+def test_every_space_loads_and_its_points_are_runs(path: Path) -> None:
+    space = SearchSpace.load(str(path))
+    config = space.config()
+    assert path.read_text().startswith("# ")
+    for point in corners(space):
+        said = space.overrides(point)
+        if min(v for v in said.values() if not isinstance(v, str)) >= 0:  # no derived below 0
+            config.override(said)
+    for start in space.start:
+        assert space.overrides(space.point(start)) == pytest.approx(start)
+
+
+def test_there_are_spaces() -> None:
+    assert len(SPACES) >= 6
+
+
+def test_budgets_and_words_reach_the_run(tmp_path: Path) -> None:
+    space = SearchSpace.load(written(tmp_path), ["num_trials=15", "stages.stage2.batch_size=2"])
+    stage = space.config().stages["stage2"]
+    assert (space.num_trials, stage.max_steps, stage.batch_size) == (15, 50, 2)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.floats(-3, math.log10(8e-3)), st.floats(-3, math.log10(8e-3)), st.booleans())
+def test_points_and_settings_are_one_another_s_inverse(a: float, b: float, saliency: bool) -> None:
+    space = SearchSpace.compose([SearchSpace._layer(yaml.safe_dump(GOOD), "here")])
+    point = {
+        "stages__stage1_9__optimizer__lr": a,
+        "stages__stage2__optimizer__lr": b,
+        "stages__stage2__saliency_curriculum__enabled": saliency,
+        **({"stages__stage2__saliency_curriculum__initial_k": 0.1} if saliency else {}),
+    }
+    said = space.overrides(point)
+    assert 1e-3 <= said[LR] <= 8e-3 and said[LR] == pytest.approx(10**b)
+    assert (f"{SALIENCY}.initial_k" in said) == saliency
+    assert space.point(said) == pytest.approx(point)
+    [(row, bound)] = space.inequalities()
+    slack = bound - sum(c * math.log10(said[p]) for p, c in row.items())
+    assert slack == pytest.approx(math.log10(2 * said[LR19] / said[LR]))
+
+
+def test_a_derived_weight_takes_what_is_left(tmp_path: Path) -> None:
+    space = SearchSpace.load(str(next(p for p in SPACES if p.stem == "data_mixture")))
+    said = space.overrides(
+        {"data__sources__code__weight": 0.5, "data__sources__prose__weight": 0.3}
+    )
+    assert said["data.sources.arithmetic.weight"] == pytest.approx(0.2)
+
+
+BAD = {
+    "a path with a typo": (
+        {"parameters": {"stages.stage2.optimzer.lr": {"uniform": [1e-3, 2e-3]}}},
+        r"optimzer.*no such setting \(nearest: 'optimizer'\)",
+    ),
+    "a stage that is not there": (
+        {"parameters": {"stages.stge2.optimizer.lr": {"uniform": [1e-3, 2e-3]}}},
+        r"stages\.stge2.*nearest: 'stage2'.*line \d",
+    ),
+    "a source that is not there": (
+        {"parameters": {"data.sources.cod.weight": {"uniform": [0.1, 1.0]}}},
+        r"data\.sources\.cod:.*nearest: 'code'",
+    ),
+    "reversed bounds": ({"parameters": {LR: {"loguniform": [1e-2, 1e-3]}}}, r"0.01 is not below"),
+    "a logarithm of 0": ({"parameters": {LR: {"loguniform": [0.0, 1e-3]}}}, r"has no logarithm"),
+    "an illegal bound": ({"parameters": {LR: {"uniform": [-1.0, 1e-3]}}}, r"greater than 0"),
+    "halves of a whole number": (
+        {"parameters": {"stages.stage2.batch_size": {"uniform": [1, 8]}}},
+        r"batch_size.*integer",
+    ),
+    "a choice that is not legal": (
+        {"parameters": {"stages.stage2.optimizer.type": {"choice": ["adamw", "moun"]}}},
+        r"'moun' is not one of .*nearest: 'muon'",
+    ),
+    "two kinds": ({"parameters": {LR: {"uniform": [1, 2], "int": [1, 2]}}}, r"uniform and int"),
+    "an unknown kind": (
+        {"parameters": {LR: {"lognormal": [1e-3, 1e-2]}}},
+        r"no such setting \(nearest: 'loguniform'\)",
+    ),
+    "a constraint on a choice": (
+        {"constraints": [f"{SALIENCY}.enabled <= 1"]},
+        r"is choice; only uniform",
+    ),
+    "a constraint on what is conditional": (
+        {"constraints": [f"{SALIENCY}.initial_k <= 1"]},
+        r"is ordered; only uniform",
+    ),
+    "a sum of rates": ({"constraints": [f"{LR} + {LR19} <= 0.01"]}, r"logarithm in which"),
+    "a constraint on no parameter": (
+        {"constraints": [f"{LR}x <= 1"]},
+        r"is no parameter \(nearest: 'stages.stage2.optimizer.lr'\)",
+    ),
+    "constraints that leave nothing": ({"constraints": [f"log10({LR}) >= 0"]}, r"no point"),
+    "an objective that no trial reports": (
+        {"objectives": {"los": "minimize"}},
+        r"no trial reports los \(nearest: 'loss'\)",
+    ),
+    "an outcome that no trial reports": (
+        {"outcome_constraints": ["peak_memory <= 3"]},
+        r"no trial reports peak_memory \(nearest: 'peak_memory_gb'\)",
+    ),
+    "an outcome constraint on the objective": ({"outcome_constraints": ["loss <= 3"]}, "itself"),
+    "a direction": ({"objectives": {"loss": "minimise"}}, r"nearest: 'minimize'"),
+    "no trials": ({"num_trials": 0}, r"num_trials.*greater than or equal to 1"),
+    "more Sobol trials than trials": ({"num_trials": 8}, r"sobol_trials: 12 is more than"),
+    "more parameters than trials": (
+        {"num_trials": 3, "sobol_trials": 2},
+        r"num_trials: 3 is too few for 4 parameters",
+    ),
+    "a stage longer than its budget": (
+        {"parameters": {"stages.stage2.max_steps": {"int": [10, 100]}}},
+        r"100 is more than budget.stage2, 50 steps",
+    ),
+    "a budget of no stage": ({"budget": {"stage9": {"steps": 5}}}, r"no such stage"),
+    "a condition on no parameter": (
+        {"parameters": {LR: {"uniform": [1e-3, 1e-2], "when": {LR19: 1}}}, "constraints": []},
+        r"when: .* is no choice",
+    ),
+    "a condition on a value that is not there": (
+        {
+            "parameters": {
+                f"{SALIENCY}.enabled": {"choice": [False, True]},
+                LR: {"uniform": [1e-3, 1e-2], "when": {f"{SALIENCY}.enabled": 3}},
+            }
+        },
+        r"3 is none of the values",
+    ),
+    "a start outside of the space": (
+        {"start": [{LR: 1.0, LR19: 1e-3, f"{SALIENCY}.enabled": False}]},
+        r"start\.0.*1\.0 lies outside",
+    ),
+    "half a start": (
+        {"start": [{LR: 1e-3, f"{SALIENCY}.enabled": False}]},
+        r"start\.0: stages.stage1_9.optimizer.lr has to be",
+    ),
+    "a field with a typo": ({"objective": {"loss": "minimize"}}, r"nearest: 'objectives'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_sentence(tmp_path: Path, name: str) -> None:
+    changes, message = BAD[name]
+    if "parameters" in changes:
+        changes = {"constraints": [], **changes}
+    with pytest.raises(UserError) as caught:
+        SearchSpace.load(written(tmp_path, **changes))
+
+    assert re.search(message, str(caught.value)), str(caught.value)
+    assert "\n" not in str(caught.value), str(caught.value)
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    parameters = {LR: {"uniform": [-1.0, 1.0]}, "stages.stage2.bach_size": {"int": [1, 2]}}
+    with pytest.raises(UserError, match="3 problems"):
+        SearchSpace.load(
+            written(tmp_path, parameters=parameters, constraints=[], objectives={"los": "minimize"})
+        )
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    written(tmp_path)
+    with pytest.raises(UserError, match=r"no such file \(nearest: 'space.yaml'\)"):
+        SearchSpace.load(str(tmp_path / "spce.yaml"))
