@@ -152,7 +152,7 @@ def _models(
     shape = config.model.config
     dense = build_model(shape) if shape is not None else load_model(str(config.model.path))
     teacher = None
-    if settings.objectives.needs_teacher:
+    if settings.needs_teacher:
         if config.model.teacher.remote:
             raise UserError("model.teacher: a remote one cannot be compared here; take in_process")
         if world()[0] == 0:
@@ -192,7 +192,7 @@ def tickets(settings: TrainingSettings, vocabulary: int) -> Iterator[tuple[int, 
 class _Keep:
     """A head objective that keeps all logits."""
 
-    needs_teacher = False
+    needs_teacher = on_masked = False
 
     def __init__(self) -> None:
         self.chunks: list[Tensor] = []

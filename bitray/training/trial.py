@@ -125,7 +125,9 @@ def measured(trial: Trial, batch_size: int) -> float:
         return math.inf
     if device.type == "cuda":
         return float(torch.cuda.max_memory_reserved(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    # ru_maxrss would be that of the process which started this one, where that was larger.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def _some_steps(trial: Trial, batch_size: int, device: torch.device) -> None:

@@ -90,7 +90,7 @@ def trained(given: TrainingSettings, ternary: bool = True) -> tuple[Loop, list[d
     wrapped = parallelize(LossModel(to_bitnet(model) if ternary else model), given, CPU)
     torch.manual_seed(1)
     cast, kept, teacher = autocast_for(CPU, "auto"), Kept(), None
-    if given.objectives.needs_teacher:
+    if given.needs_teacher:
         dense = build_model(CONFIG | {"initializer_range": 0.2}).requires_grad_(False)
         teacher = InProcessTeacher(dense, cast)
     loop = Loop("here", wrapped, given.optimizer.build(wrapped), given, CPU, cast,
