@@ -72,6 +72,11 @@ class Recipe:
     dense: bool = False
 
 
+def _matrices(kind: str, lr: float) -> Changes:
+    """An optimizer of matrices, at the best of three rates; what is left to AdamW has its rate."""
+    return {"optimizer.type": kind, "optimizer.lr": lr, "optimizer.adamw_lr": 1e-3}
+
+
 LOGITS = {**AT_ONCE}
 RECIPES: dict[str, Recipe] = {
     "dense": Recipe(ALONE, dense=True),
@@ -86,9 +91,9 @@ RECIPES: dict[str, Recipe] = {
     "logits, attention": Recipe({**LOGITS, "objectives.attention_distill.weight": 1.0}),
     "logits, saliency": Recipe({**LOGITS, "saliency_curriculum.enabled": True}),
     "logits, q-sparse": Recipe({**LOGITS, "activation_sparsity.enabled": True}),
-    "logits, muon": Recipe({**LOGITS, "optimizer.type": "muon", "optimizer.lr": 1e-3}),
-    "logits, muonclip": Recipe({**LOGITS, "optimizer.type": "muonclip", "optimizer.lr": 1e-3}),
-    "logits, apollo": Recipe({**LOGITS, "optimizer.type": "apollo", "optimizer.lr": 1e-3}),
+    "logits, muon": Recipe({**LOGITS, **_matrices("muon", 2.4e-3)}),
+    "logits, muonclip": Recipe({**LOGITS, **_matrices("muonclip", 2.4e-3)}),
+    "logits, apollo": Recipe({**LOGITS, **_matrices("apollo", 3e-3)}),
     "logits, adamw 8-bit": Recipe({**LOGITS, "optimizer.type": "adamw_8bit", "optimizer.lr": 1e-3}),
 }
 
