@@ -77,7 +77,7 @@ def _matrices(kind: str, lr: float) -> Changes:
     return {"optimizer.type": kind, "optimizer.lr": lr, "optimizer.adamw_lr": 1e-3}
 
 
-LOGITS = {**AT_ONCE}
+LOGITS = AT_ONCE
 RECIPES: dict[str, Recipe] = {
     "dense": Recipe(ALONE, dense=True),
     "ce": Recipe({**ALONE, **AT_ONCE}),

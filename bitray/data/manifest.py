@@ -166,11 +166,6 @@ class Manifest(Settings):
         """Rows of `[length]` tokens in one split of a source."""
         return self.counts(source, split).rows
 
-    def tokens_per_row(self, source: str, split: SplitName = "train") -> float:
-        """Mean real tokens of a row, which turns token shares into row shares."""
-        counts = self.counts(source, split)
-        return counts.tokens / counts.rows
-
     def padding(self, sources: Iterable[str] | None = None, split: SplitName = "train") -> float:
         """Share of positions that hold no token, over the given sources or all."""
         chosen = [self.counts(s, split) for s in (self.sources if sources is None else sources)]

@@ -14,7 +14,6 @@ from bitray.data.sources import LocalSource
 from bitray.data.tokenizer import Encoder, backend_json, end_token_id
 from bitray.inference.evaluation import fully_quantised
 from bitray.inference.generation import tokens
-from bitray.inference.rouge import rouge
 from bitray.inference.settings import LMEval, Sampling, Task
 from bitray.settings import UserError, nearest
 
@@ -127,6 +126,15 @@ class _Asked:
             text = str(self.tokenizer.decode(new, skip_special_tokens=True))
             scores.append(rouge(text, pair.answer))
         return {metric: fmean(score[metric] for score in scores) for metric in scores[0]}
+
+
+def rouge(text: str, reference: str) -> dict[str, float]:
+    """ROUGE (Lin, 2004), as F1 without stemming: `rouge1` and `rouge2` of the n-grams in common,
+    `rougeL` of the longest common subsequence."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    found = RougeScorer(["rouge1", "rouge2", "rougeL"]).score(reference, text)
+    return {metric: score.fmeasure for metric, score in found.items()}
 
 
 # ------------------------------------------------------------------------------------------ lm-eval

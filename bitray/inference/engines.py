@@ -112,9 +112,9 @@ class GGUFEngine:
     """A GGUF file in llama.cpp. `context=None`: all positions that the model was made for."""
 
     def __init__(self, path: str | Path, context: int | None = None, **options: Any) -> None:
-        self.library = require_llama_cpp()
+        self.llama_cpp = require_llama_cpp()
         try:
-            self.llama = self.library.Llama(
+            self.llama = self.llama_cpp.Llama(
                 str(path), n_ctx=context or 0, verbose=False,
                 **{"n_threads": os.cpu_count(), **options},
             )  # fmt: skip
@@ -167,7 +167,7 @@ class GGUFEngine:
             repeat_penalty=1.0,
         )
         for token in islice(drawn, sampling.max_new_tokens):
-            if self.library.llama_vocab_is_eog(self.llama._model.vocab, token):
+            if self.llama_cpp.llama_vocab_is_eog(self.llama._model.vocab, token):
                 return
             yield token
 

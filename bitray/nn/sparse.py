@@ -2,7 +2,7 @@
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 
 def sparse(x: Float[Tensor, "*tokens in"], kept: Tensor, block: int | None) -> Tensor:
@@ -25,7 +25,7 @@ class _Sparse(torch.autograd.Function):
         return grad, None, None
 
 
-@torch.library.custom_op("bitray::largest", mutates_args=())
+@library.custom_op("bitray::largest", mutates_args=())
 def largest(x: Tensor, kept: Tensor) -> Tensor:
     """Whether an element is among the `kept` of largest magnitude of the last axis, exactly so
     many. Opaque to compilers: their graph would hold the number, which changes in a warm-up, and a

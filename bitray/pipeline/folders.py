@@ -23,7 +23,7 @@ class StageFolder:
 
     def step(self, step: int) -> str:
         """Checkpoint of a step."""
-        return storage.join(self.root, f"step_{step:06d}")
+        return checkpoint.step_directory(self.root, step)
 
     @property
     def best(self) -> str:

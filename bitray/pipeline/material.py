@@ -86,11 +86,6 @@ class Material:
         self.jobs = {kind: self._job(kind) for kind in self.kinds}
 
     @property
-    def identities(self) -> dict[RowKind, str]:
-        """Of the rows of each kind."""
-        return {kind: job.identity for kind, job in self.jobs.items()}
-
-    @property
     def folders(self) -> dict[RowKind, str]:
         """Where the rows of each kind lie."""
         return {kind: job.root_uri for kind, job in self.jobs.items()}

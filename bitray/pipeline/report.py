@@ -71,11 +71,11 @@ tbody tr:nth-child(even),pre{background:#242424}}
 
 
 def read_metrics(run_dir: str) -> list[dict[str, Any]]:
-    """All lines of a run's `metrics.jsonl`."""
+    """All whole lines of a run's `metrics.jsonl`, which may still be written."""
     uri = storage.join(run_dir, "metrics.jsonl")
     if not storage.exists(uri):
         return []
-    return [json.loads(line) for line in storage.read_text(uri).splitlines()]
+    return [json.loads(line) for line in storage.read_text(uri).rpartition("\n")[0].splitlines()]
 
 
 def write_report(

@@ -270,7 +270,7 @@ class Loop:
         return metrics
 
     def _forward(self, each: Pass, scales: dict[str, float]) -> tuple[torch.Tensor, Metrics]:
-        terms = {"head": [], "layer": [], "attention": [], "router": []}  # type: dict[str, list[Term]]
+        terms: dict[str, list[Term]] = defaultdict(list)
         needs_teacher = False
         for name in each.names:
             objective = getattr(self.settings.objectives, name)
@@ -285,8 +285,9 @@ class Loop:
         sources = len(self.sources) if "continue_pretrain" in each.names else 0
         with self.autocast:
             arguments = (terms["head"], terms["layer"], output, sources)
-            kinds = {"attention": attention, "router_terms": terms["router"]}
-            return self.model(each.view, *arguments, **kinds)
+            return self.model(
+                each.view, *arguments, attention=attention, router_terms=terms["router"]
+            )
 
     def _update(self) -> bool:
         """Clip and step; a gradient that is not finite is counted and leaves everything alone.

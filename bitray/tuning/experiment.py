@@ -11,7 +11,8 @@ from ax.utils.common.logger import set_ax_logger_levels
 from ax.utils.common.random import with_rng_seed
 
 from bitray.tuning.linear import Linear, at_most_zero
-from bitray.tuning.space import Parameter, SearchSpace, encoded, mixed, name_of
+from bitray.tuning.parameter import Parameter, encoded, mixed, name_of
+from bitray.tuning.space import SearchSpace
 
 TYPES: dict[type, Any] = {bool: "bool", int: "int", float: "float", str: "str"}
 

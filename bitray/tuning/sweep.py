@@ -15,6 +15,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 from bitray import storage
 from bitray.pipeline.config import Config
 from bitray.pipeline.fit import reserved_cpus
+from bitray.pipeline.material import prepared_root
 from bitray.pipeline.plan import plan
 from bitray.pipeline.run import located, run
 from bitray.pipeline.session import ray_session
@@ -72,9 +73,12 @@ def common(config: Config, folder: str) -> str:
     first = trained(config)[0]
     names = list(config.stages)
     before = names[: names.index(first)]
-    prepared = config.data.prepared_dir or storage.join(config.output_dir, "prepared")
     steps = {f"stages.{name}.max_steps": 0 for name in names if name not in before}
-    place = {"output_dir": folder, "experiment": "common", "data.prepared_dir": prepared}
+    place = {
+        "output_dir": folder,
+        "experiment": "common",
+        "data.prepared_dir": prepared_root(config),
+    }
     base = config.override({**place, **steps})
     if before:
         run(base)
@@ -96,8 +100,7 @@ def _tuner(searcher: AxSearcher, config: Config, base: str, trials: int) -> tune
             grace_period=max(1, math.floor(how.grace * total)),
             reduction_factor=how.reduction_factor,
         )
-    prepared = config.data.prepared_dir or storage.join(config.output_dir, "prepared")
-    shared = config.override({"data.prepared_dir": prepared})
+    shared = config.override({"data.prepared_dir": prepared_root(config)})
     return tune.Tuner(
         tune.with_resources(tune.with_parameters(trial, config=shared, base=base), {"CPU": 0.01}),
         tune_config=tune.TuneConfig(

@@ -1,6 +1,5 @@
 """A trial: a run of the real pipeline with a sample of the space, told to Tune as it goes."""
 
-import json
 import math
 import statistics
 import threading
@@ -14,6 +13,7 @@ from bitray import storage
 from bitray.data.manifest import digest
 from bitray.pipeline.cli import causes
 from bitray.pipeline.config import Config
+from bitray.pipeline.report import read_metrics
 from bitray.pipeline.run import run
 from bitray.pipeline.worker import CONVERTED, EVALUATIONS, read_evaluations
 from bitray.settings import UserError
@@ -119,7 +119,7 @@ def follow(config: Config, thread: threading.Thread) -> Iterator[dict[str, Any]]
     seen = 0
     while True:
         alive = thread.is_alive()
-        found = records(config.run_dir)
+        found = read_metrics(config.run_dir)
         evaluated = [n for n, each in enumerate(found) if _losses(each)]
         for n in evaluated[seen:]:
             if found[n]["stage"] in trained(config):
@@ -165,14 +165,6 @@ def untrained_loss(config: Config) -> float:
     known = read_evaluations(config.run_dir)
     converted = [name for name, stage in config.stages.items() if stage.convert_only]
     return mean_loss(known[next((name for name in converted if name in known), CONVERTED)])
-
-
-def records(run_dir: str) -> list[dict[str, Any]]:
-    """The whole lines of `metrics.jsonl`."""
-    uri = storage.join(run_dir, "metrics.jsonl")
-    if not storage.exists(uri):
-        return []
-    return [json.loads(line) for line in storage.read_text(uri).rpartition("\n")[0].splitlines()]
 
 
 def _losses(record: Mapping[str, Any]) -> dict[str, float]:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from bitray import Config, storage
+from bitray.pipeline.report import read_metrics
 from bitray.tuning.space import METRICS
-from bitray.tuning.trial import lengths, outcome, records, share, trial_config
+from bitray.tuning.trial import lengths, outcome, share, trial_config
 
 WORDS = [
     "stages.stage1_9.max_steps=10", "stages.stage1_9.lambda_warmup.warmup_steps=5",
@@ -45,7 +46,7 @@ def test_metrics_of_a_trial_on_its_way(tmp_path: Path) -> None:
 def test_half_a_line_is_not_read(tmp_path: Path) -> None:
     text = "".join(json.dumps(line) + "\n" for line in LINES)
     storage.write_text(f"{tmp_path}/metrics.jsonl", text + '{"stage": "sta')
-    assert records(str(tmp_path)) == LINES and records(str(tmp_path / "nothing")) == []
+    assert read_metrics(str(tmp_path)) == LINES and read_metrics(str(tmp_path / "nothing")) == []
 
 
 def test_what_trials_have_in_common_is_linked_once(tmp_path: Path) -> None:
