@@ -120,6 +120,10 @@ class WandB(Settings):
     enabled: bool | None = None
     """None: when WANDB_API_KEY is set. Asked for without a key, it records offline."""
     project: str = "bitray"
+    group: str | None = None
+    """Runs that belong together; of a sweep's trials the sweep."""
+    tags: tuple[str, ...] | None = None
+    """None: the stages that the run trains."""
 
 
 class Logging(Settings):

@@ -20,11 +20,15 @@ from bitray.pipeline.plan import plan
 from bitray.pipeline.run import located, run
 from bitray.pipeline.session import ray_session
 from bitray.settings import UserError
-from bitray.tuning.report import write_report
+from bitray.tuning.cost import Clock
+from bitray.tuning.live import Watch
+from bitray.tuning.report import ATTEMPTS, write_report
 from bitray.tuning.searcher import AxSearcher
 from bitray.tuning.space import SearchSpace
 from bitray.tuning.trial import clean, lengths, trained, trial, trial_config
 
+SPACE = "space.yaml"
+"""Of a sweep's folder: what it searches, with the words of the command line."""
 RETRIES = 2
 """Of a trial that fails for no fault of its settings; it goes on where it stood."""
 
@@ -37,21 +41,30 @@ def sweep(space: SearchSpace, name: str) -> str:
         raise UserError(f"output_dir: {folder} is remote; trials link what they share, locally")
     searcher = AxSearcher(space, file=storage.join(folder, "searcher.json"))
     searcher.hand_out_again()
-    left = space.num_trials - len({each.index for each in searcher.ended()})
+    before = searcher.ended()
+    left = space.num_trials - len({each.index for each in before})
+    storage.write_text(storage.join(folder, SPACE), space.dump())
     with ray_session():
         if left > 0:
             base = common(config, folder)
-            _tuner(searcher, config, base, left).fit()
+            clock, watch = Clock(storage.join(folder, ATTEMPTS)), Watch(searcher, before)
+            try:
+                _tuner(searcher, config, base, left, [clock, watch]).fit()
+            finally:
+                watch.close()
             for each in searcher.ended():  # also of those that were stopped
                 clean(trial_config(config, base, each.overrides))
         return write_report(folder, space, config, searcher)
 
 
-def analyze(space: SearchSpace, folder: str) -> str:
+def analyze(folder: str) -> str:
     """Write the report of a sweep again; no trials."""
-    file = storage.join(folder, "searcher.json")
-    if not storage.exists(file):
-        raise UserError(f"--analyze-only {folder}: there is no sweep; {file} is missing")
+    folder = storage.absolute(folder)
+    file, spoken = storage.join(folder, "searcher.json"), storage.join(folder, SPACE)
+    for each in (file, spoken):
+        if not storage.exists(each):
+            raise UserError(f"--analyze-only {folder}: there is no sweep; {each} is missing")
+    space = SearchSpace.load_text(storage.read_text(spoken), spoken)
     searcher = AxSearcher(space, ahead=0, file=file)
     return write_report(folder, space, located(space.config()), searcher)
 
@@ -85,7 +98,9 @@ def common(config: Config, folder: str) -> str:
     return base.run_dir
 
 
-def _tuner(searcher: AxSearcher, config: Config, base: str, trials: int) -> tune.Tuner:
+def _tuner(
+    searcher: AxSearcher, config: Config, base: str, trials: int, callbacks: list[tune.Callback]
+) -> tune.Tuner:
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     total = sum(lengths(config).values())
     space = searcher.space
@@ -113,7 +128,8 @@ def _tuner(searcher: AxSearcher, config: Config, base: str, trials: int) -> tune
             name="tune",
             storage_path=base.rpartition("/")[0],
             failure_config=tune.FailureConfig(max_failures=RETRIES),
-            verbose=1,
+            callbacks=callbacks,
+            verbose=0,
         ),
     )
 

@@ -25,12 +25,20 @@ MEMORY = "out of memory"
 
 def trial_config(config: Config, base: str, overrides: Mapping[str, Any]) -> Config:
     """The configuration of a trial: in a folder of its own beside `base`, named by its sample, so
-    that the same sample finds what it has done before."""
+    that the same sample finds what it has done before. For W&B the sweep is a group."""
+    sweep = base.rpartition("/")[0]
     place = {
-        "output_dir": storage.join(base.rpartition("/")[0], "trials"),
-        "experiment": digest(dict(overrides))[:12],
+        "output_dir": storage.join(sweep, "trials"),
+        "experiment": trial_name(overrides),
+        "logging.wandb.group": sweep.rpartition("/")[2],
+        "logging.wandb.tags": trained(config),
     }
     return config.override({**overrides, **place})
+
+
+def trial_name(overrides: Mapping[str, Any]) -> str:
+    """Of a trial's folder: a hash of its sample."""
+    return digest(dict(overrides))[:12]
 
 
 def trial(sample: dict[str, Any], config: Config, base: str) -> None:
@@ -132,15 +140,8 @@ def follow(config: Config, thread: threading.Thread) -> Iterator[dict[str, Any]]
 
 def outcome(config: Config, found: list[dict[str, Any]]) -> dict[str, Any]:
     """All of `METRICS` at the last of a run's records, which is an evaluation."""
-    last, tokens, steps = found[-1], 0, 0
-    total = lengths(config)
-    for name, most in total.items():
-        stage = config.stages[name]
-        done = last["step"] if name == last["stage"] else stage.total_steps
-        steps += done
-        tokens += most * done // stage.total_steps
-        if name == last["stage"]:
-            break
+    last, total = found[-1], lengths(config)
+    tokens, steps = _done(config, last)
     rates = [e["train/tokens_per_second"] for e in found if "train/tokens_per_second" in e]
     memory = [e["train/peak_memory_gb"] for e in found if "train/peak_memory_gb" in e]
     rate = statistics.median(rates) if rates else math.nan
@@ -158,6 +159,29 @@ def outcome(config: Config, found: list[dict[str, Any]]) -> dict[str, Any]:
         "loss_drop_per_second_per_gb": drop / seconds / peak,
         "progress": tokens / sum(total.values()),
     }
+
+
+def _done(config: Config, record: Mapping[str, Any]) -> tuple[int, int]:
+    """Tokens and steps of a trial at one of its run's records."""
+    tokens, steps = 0, 0
+    for name, most in lengths(config).items():
+        stage = config.stages[name]
+        done = record["step"] if name == record["stage"] else stage.total_steps
+        steps += done
+        tokens += most * done // stage.total_steps
+        if name == record["stage"]:
+            break
+    return tokens, steps
+
+
+def curve(config: Config) -> list[tuple[int, float]]:
+    """Tokens and held-out loss at every evaluation of a trial's run."""
+    stages = trained(config)
+    return [
+        (_done(config, record)[0], mean_loss(losses))
+        for record in read_metrics(config.run_dir)
+        if record["stage"] in stages and (losses := _losses(record))
+    ]
 
 
 def untrained_loss(config: Config) -> float:

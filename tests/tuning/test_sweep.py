@@ -59,6 +59,8 @@ def test_what_trials_have_in_common_is_linked_once(tmp_path: Path) -> None:
     config = trial_config(config_at(tmp_path), str(base), sample)
     assert config.stages["stage2"].optimizer.lr == 1e-3
     assert trial_config(config_at(tmp_path), str(base), sample).run_dir == config.run_dir
+    wandb = config.logging.wandb
+    assert wandb.group == "sweep" and wandb.tags == ("stage1_9", "stage2")
     for _ in range(2):
         share(config, str(base))
     run = Path(config.run_dir)
