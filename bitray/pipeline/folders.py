@@ -45,6 +45,15 @@ class StageFolder:
         return checkpoint.load_state(self.final)
 
 
+def stage_folder(config: Config, stage: str) -> StageFolder:
+    """The stage's folder in this run, or in the run that it has complete stages in common with."""
+    if config.common_run:
+        theirs = StageFolder(config.common_run, stage)
+        if theirs.complete:
+            return theirs
+    return StageFolder(config.run_dir, stage)
+
+
 def predecessor(config: Config, stage: str) -> str | None:
     """The checkpoint or model a stage starts from: said outright, else of the first predecessor
     that has ended, else the one to resume from, else the pretrained model; None: random weights."""
@@ -52,7 +61,7 @@ def predecessor(config: Config, stage: str) -> str | None:
     if settings.start_from:
         return settings.start_from
     for name in settings.predecessors:
-        folder = StageFolder(config.run_dir, name)
+        folder = stage_folder(config, name)
         if folder.complete:
             return folder.final
     return named_checkpoint(config, stage) or config.model.path
@@ -94,7 +103,7 @@ def original(config: Config) -> str | None:
     if config.model.path:
         return config.model.path
     dense = [name for name, stage in config.stages.items() if stage.dense]
-    return StageFolder(config.run_dir, dense[-1]).final if dense else None
+    return stage_folder(config, dense[-1]).final if dense else None
 
 
 def config_of(run_dir: str) -> Config:

@@ -15,7 +15,8 @@ from bitray.settings import UserError
 from bitray.training.teacher_settings import PLACEMENT
 
 _ELSEWHERE = {
-    "output_dir", "experiment", "logging", "report", "export", "resume", "scaling", "gpu",
+    "output_dir", "experiment", "common_run", "logging", "report", "export", "resume", "scaling",
+    "gpu",
 }  # fmt: skip
 """Settings that change where things go or who computes them, not what is computed."""
 _BESIDE = {
