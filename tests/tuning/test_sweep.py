@@ -151,7 +151,11 @@ def test_as_many_trials_as_nodes_hold(
     monkeypatch: pytest.MonkeyPatch, nodes: list[dict], words: list[str], expected: int
 ) -> None:
     """A worker is on one node; shares of a GPU are of the same GPU."""
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": n} for n in nodes])
+    monkeypatch.setattr(
+        ray,
+        "nodes",
+        lambda: [{"Alive": True, "Resources": {k: float(v) for k, v in n.items()}} for n in nodes],
+    )
     words = ["scaling.num_workers=1", *words]
     assert room(Config.load(overrides=[*WORDS, *words])) == expected
 
