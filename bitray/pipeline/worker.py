@@ -378,6 +378,8 @@ class Stage:
         position = loop.position
         told = {f"eval/{domain}_loss": loss for domain, loss in losses.items()}
         loop.write({**told, "train/peak_memory_gb": peak_memory_gb(self.device)})
+        for sink in loop.sinks:
+            sink.flush()  # a sweep decides by them
         if position.best is None or mean_loss(losses) < position.best:
             position.best = mean_loss(losses)
             if not loop.at_end:

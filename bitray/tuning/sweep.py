@@ -15,7 +15,6 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
 from bitray import storage
-from bitray.pipeline.cli import causes
 from bitray.pipeline.config import Config, Scaling
 from bitray.pipeline.identity import differences, mathematical_settings
 from bitray.pipeline.material import prepared_root
@@ -45,11 +44,10 @@ def sweep(space: SearchSpace, name: str) -> str:
     with ray_session():
         if left > 0:
             base = common(config, folder)
-            told = _tuner(searcher, config, base, left).fit()
-            for each in searcher.ended():
-                clean(trial_config(config, base, each.overrides))
-            for error in filter(None, (result.error for result in told)):
-                print(f"note: a trial failed {RETRIES + 1} times: {[*causes(error)][-1]}")
+            _tuner(searcher, config, base, left).fit()
+            if not space.keep_checkpoints:
+                for each in searcher.ended():
+                    clean(trial_config(config, base, each.overrides))
         return write_report(folder, space, config, searcher)
 
 
@@ -129,7 +127,7 @@ def _tuner(searcher: AxSearcher, config: Config, base: str, trials: int) -> tune
             name="tune",
             storage_path=base.rpartition("/")[0],
             failure_config=tune.FailureConfig(max_failures=RETRIES),
-            callbacks=[Cleaner(config, base)],
+            callbacks=[Cleaner(config, base, space.keep_checkpoints)],
             verbose=1,
         ),
     )
@@ -139,13 +137,13 @@ class Cleaner(tune.Callback):
     """Deletes checkpoints of trials that ended. The workers of one that was stopped may write yet
     another, so those that ended before are looked at again."""
 
-    def __init__(self, config: Config, base: str) -> None:
-        self.config, self.base = config, base
+    def __init__(self, config: Config, base: str, keep: bool) -> None:
+        self.config, self.base, self.keep = config, base, keep
         self.ended: list[dict[str, Any]] = []
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self.ended.append(trial.config)
-        for sample in self.ended:
+        for sample in self.ended if not self.keep else ():
             clean(trial_config(self.config, self.base, sample))
 
 

@@ -60,7 +60,6 @@ def trial(sample: dict[str, Any], config: Config, base: str) -> None:
             raise errors[0]
         tune.report({**last, "loss": math.nan, "abandoned": reason})
         return
-    clean(config)
     tune.report(last)
 
 
