@@ -113,6 +113,8 @@ class StageSettings(TrainingSettings):
     start_from: str | None = None
     """A checkpoint or model to start from, whatever the pipeline holds."""
     scaling: Scaling | None = None
+    shared_run: str | None = None
+    """Folder of a run of the same settings that has done this stage for all; None: this run."""
 
     @model_validator(mode="after")
     def _has_a_length(self) -> "StageSettings":
@@ -212,8 +214,6 @@ class Config(Composed):
     output_dir: str = "runs"
     experiment: str | None = None
     """Folder of the run below `output_dir`; None: `bitray_{model}`."""
-    common_run: str | None = None
-    """Folder of a run with the same settings: stages that are complete there are here too."""
     evaluation: EvaluationSettings = EvaluationSettings()
     export: ExportSettings = ExportSettings()
     report: ReportSettings = ReportSettings()

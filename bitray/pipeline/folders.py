@@ -46,12 +46,9 @@ class StageFolder:
 
 
 def stage_folder(config: Config, stage: str) -> StageFolder:
-    """The stage's folder in this run, or in the run that it has complete stages in common with."""
-    if config.common_run:
-        theirs = StageFolder(config.common_run, stage)
-        if theirs.complete:
-            return theirs
-    return StageFolder(config.run_dir, stage)
+    """The stage's folder, in this run or in the one that has done it for all."""
+    known = config.stages.get(stage)
+    return StageFolder((known and known.shared_run) or config.run_dir, stage)
 
 
 def predecessor(config: Config, stage: str) -> str | None:

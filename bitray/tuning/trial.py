@@ -29,7 +29,7 @@ def trial_config(config: Config, base: str, overrides: Mapping[str, Any]) -> Con
     place = {
         "output_dir": storage.join(base.rpartition("/")[0], "trials"),
         "experiment": digest(dict(overrides))[:12],
-        "common_run": base,
+        **{f"stages.{n}.shared_run": base for n in config.stages if n not in trained(config)},
     }
     return config.override({**overrides, **place})
 
