@@ -82,7 +82,7 @@ def test_all_stages_of_a_pretrained_model(pretrained: Callable[..., list[str]], 
 
 def test_bitdistill_on_prompts_and_completions(pretrained: Callable[..., list[str]]) -> None:
     """Only completions are trained on; the teacher is the model before it was made ternary."""
-    pair = ["data.sources.mine.prompt={q}", "data.sources.mine.completion={a}"]
+    pair = ["data.sources.mine.prompt='{q}'", "data.sources.mine.completion='{a}'"]
     road = ran(pretrained("pairs", "pairs", "pipeline=bitdistill", *pair))
     for name in ("continue_pretrain", "logits_distill", "attention_distill"):
         found = road.metrics("stage3", f"train/{name}_loss")
