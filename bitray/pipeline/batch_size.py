@@ -36,13 +36,15 @@ def _largest(config: Config, stage: str) -> int:
     scaling, workers = config.scaling_of(stage), config.scaling_of(stage).num_workers
     task: Any = ray.remote(
         num_cpus=scaling.cpus_per_worker,
-        num_gpus=1 if scaling.use_gpu else 0,
+        num_gpus=scaling.gpus_per_worker if scaling.use_gpu else 0,
         scheduling_strategy="SPREAD",
         max_calls=1,
         max_retries=0,
     )(_fitting)
     trials = _trials(config, stage)
-    found: list[int | None] = ray.get([task.remote(trial) for trial in trials])
+    found: list[int | None] = ray.get(
+        [task.remote(trial, scaling.gpus_per_worker) for trial in trials]
+    )
     fitting = [size for size in found if size is not None]
     if len(fitting) < workers:
         length = config.stages[stage].max_seq_length
@@ -79,10 +81,10 @@ def _trials(config: Config, stage: str) -> list[Trial]:
     ]
 
 
-def _fitting(trial: Trial) -> int | None:
-    """The largest micro-batch that fits here, or None."""
+def _fitting(trial: Trial, share: float) -> int | None:
+    """The largest micro-batch that fits a share of the GPU here, or a worker's memory; or None."""
     settings = trial.settings
-    limit = memory(trial.device, trial.world)
+    limit = memory(trial.device, trial.world) * (share if trial.device == "cuda" else 1)
     if settings.memory_limit_gb is not None:
         limit = settings.memory_limit_gb * GB
     limit *= 1 - settings.memory_margin

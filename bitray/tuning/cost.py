@@ -29,13 +29,13 @@ class Clock(Callback):
         self.spans.setdefault(trial_name(trial.config), []).append([now, now])
         storage.write_json(self.file, self.spans)
 
-    def _goes_on(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, *_: Any, **__: Any) -> None:
         attempts = self.spans.get(trial_name(trial.config))
         if attempts:  # else it ends before it began
             attempts[-1][1] = time.time()
             storage.write_json(self.file, self.spans)
 
-    on_trial_result = on_trial_complete = on_trial_error = on_trial_recover = _goes_on
+    on_trial_complete = on_trial_error = on_trial_recover = on_trial_result
 
 
 def read_spans(file: str) -> Spans:
@@ -50,18 +50,18 @@ def seconds(spans: Spans, found: Found) -> float | None:
     return None if attempts is None else sum(end - begin for begin, end in attempts)
 
 
-def devices(config: Config) -> tuple[str, int]:
+def devices(config: Config) -> tuple[str, float]:
     """What a trial occupies: `GPU` or `worker`, and how many of them at most."""
     scalings = [config.scaling_of(name) for name in trained(config)]
-    kind = "GPU" if any(each.use_gpu for each in scalings) else "worker"
-    return kind, max(each.num_workers for each in scalings)
+    gpus = max(each.gpus for each in scalings)
+    return ("GPU", gpus) if gpus else ("worker", max(each.num_workers for each in scalings))
 
 
 def cost_table(config: Config, trials: Iterable[Found], spans: Spans) -> Table:
     """Trials, wall hours and device hours by how trials ended, and of those that did not."""
     trials = list(trials)
     kind, _ = devices(config)
-    by_end: dict[str, list[tuple[float | None, int]]] = {}
+    by_end: dict[str, list[tuple[float | None, float]]] = {}
     for each in trials:
         held = devices(config.override(each.overrides))[1]
         by_end.setdefault(each.status, []).append((seconds(spans, each), held))
@@ -76,7 +76,7 @@ def cost_table(config: Config, trials: Iterable[Found], spans: Spans) -> Table:
     )
 
 
-def _cost_row(end: str, group: list[tuple[float | None, int]]) -> list[str]:
+def _cost_row(end: str, group: list[tuple[float | None, float]]) -> list[str]:
     known = [(wall, held) for wall, held in group if wall is not None]
     hours = sum(wall for wall, _ in known) / HOUR
     held = sum(wall * held for wall, held in known) / HOUR

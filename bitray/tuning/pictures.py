@@ -72,14 +72,12 @@ def parallel(
     values = [t.metrics[objective] for t in known]
     low, high = min(values), max(values)
     colours = _colours(low, high, space.objectives[objective])
-    rows = [{p: _height(space, p, t, known) for p in paths} for t in known]
-    for found, row in sorted(
-        zip(known, rows, strict=True), key=lambda pair: pair[0].status == "completed"
-    ):
+    for found in sorted(known, key=lambda each: each.status == "completed"):
         value = found.metrics[objective]
-        heights = [*row.values(), (value - low) / ((high - low) or 1.0)]
+        heights = [_height(space, path, found, known) for path in paths]
+        heights.append((value - low) / ((high - low) or 1.0))
         done = found.status == "completed"
-        look = {"linewidth": 1.6} if done else {"linewidth": 0.8, "linestyle": ":"}
+        look: dict[str, Any] = {"linewidth": 1.6} if done else {"linewidth": 0.8, "linestyle": ":"}
         axes.plot(heights, color=colours.to_rgba(value), marker=".", markersize=5, **look)
     for at, path in enumerate(paths):
         axes.axvline(at, color="0.8", linewidth=0.8, zorder=0)
@@ -105,12 +103,11 @@ def front(space: SearchSpace, trials: Sequence[Found], best: Sequence[Found], pa
     )  # fmt: skip
     points = sorted((t.metrics[one], t.metrics[other], t.index) for t in best)
     if points:
-        x, y, _ = zip(*points, strict=True)
-        rises = space.objectives[one] == "minimize"
-        axes.step(x, y, "o-", where="post" if rises else "pre", color=BEST, markersize=5,
-                  linewidth=1.2, label="front")  # fmt: skip
-    for x, y, index in points:
-        axes.annotate(f" {index}", (x, y), fontsize=7)
+        where = "post" if space.objectives[one] == "minimize" else "pre"
+        columns = _columns(points)[:2]
+        axes.step(*columns, "o-", where=where, color=BEST, markersize=5, label="front")
+    for *point, index in points:
+        axes.annotate(f" {index}", point, fontsize=7)
     directions = {name: f"{name} ({space.objectives[name]})" for name in pair}
     _label(axes, directions[one], directions[other])
     return drawn(figure, f"Pareto front: {other} against {one}")

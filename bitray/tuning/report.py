@@ -16,7 +16,7 @@ from bitray.tuning.cost import Spans, cost_table, read_spans, seconds
 from bitray.tuning.parameter import labels
 from bitray.tuning.searcher import AxSearcher, Found
 from bitray.tuning.space import SearchSpace
-from bitray.tuning.trial import curve, trial_config, trial_name
+from bitray.tuning.trial import evaluated, trial_config, trial_name
 
 ATTEMPTS = "attempts.json"
 """Of a sweep's folder: when its trials held their workers."""
@@ -63,9 +63,11 @@ class Sweep:
         suffix = "" if len(self.space.objectives) == 1 else f"_{found.index}"
         return storage.join(self.folder, f"best{suffix}.yaml")
 
-    def at(self, found: Found) -> Config:
-        """The configuration under which a trial ran."""
-        return trial_config(self.config, storage.join(self.folder, "common"), found.overrides)
+    def curve(self, found: Found) -> list[tuple[int, float]]:
+        """Tokens and held-out loss at every evaluation of a trial."""
+        base = storage.join(self.folder, "common")
+        told = evaluated(trial_config(self.config, base, found.overrides))
+        return [(each["tokens"], each["loss"]) for each in told]
 
 
 def write_report(folder: str, space: SearchSpace, config: Config, searcher: AxSearcher) -> str:
@@ -194,7 +196,7 @@ def _parts(sweep: Sweep, told: Sequence[str], tables: Mapping[str, Table]) -> li
 def _pictures(sweep: Sweep) -> list[str]:
     """Those that there is something to draw for."""
     space, trials = sweep.space, sweep.trials
-    losses = {each.index: curve(sweep.at(each)) for each in trials}
+    losses = {each.index: sweep.curve(each) for each in trials}
     found = [draw.trace(space, trials, objective) for objective in sweep.told()]
     if any(losses.values()):
         found.append(draw.curves(losses, trials, sweep.front))

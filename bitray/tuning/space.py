@@ -84,6 +84,8 @@ class SearchSpace(Composed):
     scheduler: Scheduler = Scheduler()
     budget: dict[str, StageBudget] = {}
     seed: int = 0
+    keep_checkpoints: bool = False
+    """Of trials, after their end; the best configuration is trained again without them."""
 
     @classmethod
     def load(cls, path: str | None = None, overrides: Sequence[str] = ()) -> "SearchSpace":

@@ -4,7 +4,6 @@ import math
 import statistics
 import threading
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -25,13 +24,15 @@ MEMORY = "out of memory"
 
 def trial_config(config: Config, base: str, overrides: Mapping[str, Any]) -> Config:
     """The configuration of a trial: in a folder of its own beside `base`, named by its sample, so
-    that the same sample finds what it has done before. For W&B the sweep is a group."""
+    that the same sample finds what it has done before; stages that none varies are those of `base`.
+    For W&B the sweep is a group."""
     sweep = base.rpartition("/")[0]
     place = {
         "output_dir": storage.join(sweep, "trials"),
         "experiment": trial_name(overrides),
         "logging.wandb.group": sweep.rpartition("/")[2],
         "logging.wandb.tags": trained(config),
+        **{f"stages.{n}.shared_run": base for n in config.stages if n not in trained(config)},
     }
     return config.override({**overrides, **place})
 
@@ -67,12 +68,11 @@ def trial(sample: dict[str, Any], config: Config, base: str) -> None:
             raise errors[0]
         tune.report({**last, "loss": math.nan, "abandoned": reason})
         return
-    clean(config)
     tune.report(last)
 
 
 def clean(config: Config) -> None:
-    """Delete a trial's checkpoints; what trials have in common is only linked, and stays."""
+    """Delete a trial's checkpoints; what trials have in common lies elsewhere, and stays."""
     for stage in trained(config):
         storage.remove(storage.join(config.run_dir, f"{stage}_checkpoint"))
 
@@ -93,19 +93,15 @@ def _hopeless(error: BaseException) -> str | None:
 
 
 def share(config: Config, base: str) -> None:
-    """Link what is done once for all trials into the folder of one."""
+    """Tell the folder of a trial what became of the stages that all have in common."""
     evaluations = storage.join(config.run_dir, EVALUATIONS)
     if not storage.exists(evaluations):
         known = read_evaluations(base).items()
         storage.write_json(evaluations, {k: v for k, v in known if k not in trained(config)})
     for stage in config.stages:
-        here = Path(config.run_dir, f"{stage}_checkpoint")
-        if stage not in trained(config) and not here.is_symlink():
-            here.symlink_to(Path(base, here.name))
-            order = storage.join(base, "mixture", f"{stage}.json")
-            if storage.exists(order):  # where the next stage's rows begin
-                to = storage.join(config.run_dir, "mixture", f"{stage}.json")
-                storage.write_json(to, storage.read_json(order))
+        here, there = (storage.join(d, "mixture", f"{stage}.json") for d in (config.run_dir, base))
+        if stage not in trained(config) and not storage.exists(here) and storage.exists(there):
+            storage.write_json(here, storage.read_json(there))  # where the next stage's rows begin
 
 
 def trained(config: Config) -> list[str]:
@@ -127,21 +123,32 @@ def follow(config: Config, thread: threading.Thread) -> Iterator[dict[str, Any]]
     seen = 0
     while True:
         alive = thread.is_alive()
-        found = read_metrics(config.run_dir)
-        evaluated = [n for n, each in enumerate(found) if _losses(each)]
-        for n in evaluated[seen:]:
-            if found[n]["stage"] in trained(config):
-                yield outcome(config, found[: n + 1])
-        seen = len(evaluated)
+        found = evaluated(config, seen)
+        yield from found
+        seen += len(found)
         if not alive:
             return
         thread.join(POLL_SECONDS)
 
 
+def evaluated(config: Config, seen: int = 0) -> list[dict[str, Any]]:
+    """Outcomes at the evaluations of a run so far, those after the first `seen` ones."""
+    found, stages = read_metrics(config.run_dir), trained(config)
+    at = [n for n, each in enumerate(found) if each["stage"] in stages and _losses(each)]
+    return [outcome(config, found[: n + 1]) for n in at[seen:]]
+
+
 def outcome(config: Config, found: list[dict[str, Any]]) -> dict[str, Any]:
     """All of `METRICS` at the last of a run's records, which is an evaluation."""
-    last, total = found[-1], lengths(config)
-    tokens, steps = _done(config, last)
+    last, tokens, steps = found[-1], 0, 0
+    total = lengths(config)
+    for name, most in total.items():
+        stage = config.stages[name]
+        done = last["step"] if name == last["stage"] else stage.total_steps
+        steps += done
+        tokens += most * done // stage.total_steps
+        if name == last["stage"]:
+            break
     rates = [e["train/tokens_per_second"] for e in found if "train/tokens_per_second" in e]
     memory = [e["train/peak_memory_gb"] for e in found if "train/peak_memory_gb" in e]
     rate = statistics.median(rates) if rates else math.nan
@@ -159,29 +166,6 @@ def outcome(config: Config, found: list[dict[str, Any]]) -> dict[str, Any]:
         "loss_drop_per_second_per_gb": drop / seconds / peak,
         "progress": tokens / sum(total.values()),
     }
-
-
-def _done(config: Config, record: Mapping[str, Any]) -> tuple[int, int]:
-    """Tokens and steps of a trial at one of its run's records."""
-    tokens, steps = 0, 0
-    for name, most in lengths(config).items():
-        stage = config.stages[name]
-        done = record["step"] if name == record["stage"] else stage.total_steps
-        steps += done
-        tokens += most * done // stage.total_steps
-        if name == record["stage"]:
-            break
-    return tokens, steps
-
-
-def curve(config: Config) -> list[tuple[int, float]]:
-    """Tokens and held-out loss at every evaluation of a trial's run."""
-    stages = trained(config)
-    return [
-        (_done(config, record)[0], mean_loss(losses))
-        for record in read_metrics(config.run_dir)
-        if record["stage"] in stages and (losses := _losses(record))
-    ]
 
 
 def untrained_loss(config: Config) -> float:

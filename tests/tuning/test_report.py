@@ -17,10 +17,10 @@ from bitray.tuning.cost import cost_table
 from bitray.tuning.experiment import as_json, client_of, importance
 from bitray.tuning.parameter import labels
 from bitray.tuning.pictures import best_so_far
-from bitray.tuning.report import optimizer_tables
+from bitray.tuning.report import Sweep, optimizer_tables
 from bitray.tuning.searcher import Found, front
 from bitray.tuning.sweep import analyze, outline
-from bitray.tuning.trial import curve, trial_config, trial_name
+from bitray.tuning.trial import trial_config, trial_name
 
 DEMO = Path(__file__).parents[2] / "search_spaces" / "demo.yaml"
 LR = "stages.stage2.optimizer.lr"
@@ -56,6 +56,7 @@ def swept(folder: Path, **said: object) -> list[dict]:
         ]
         text = "".join(json.dumps(line) + "\n" for line in lines[: 2 if n != 3 else 1])
         storage.write_text(f"{run_dir}/metrics.jsonl", text)
+        storage.write_json(f"{run_dir}/evaluations.json", {"stage1": {"a": 7.0, "b": 7.0}})
     spans[trial_name(samples[4])].append([3000.0, 3720.0])
     storage.write_json(str(folder / "attempts.json"), spans)
     searcher.settle()
@@ -216,9 +217,10 @@ def test_the_best_so_far_by_hand(tmp_path: Path) -> None:
         (["scaling.num_workers=3"], "worker", 3),
         (["scaling=single_gpu"], "GPU", 1),
         (["scaling=fsdp_multi", "stages.stage1_9.scaling.num_workers=1"], "GPU", 4),
+        (["scaling=single_gpu", "scaling.gpus_per_worker=0.25"], "GPU", 0.25),
     ],
 )
-def test_hours_by_hand(words: list[str], kind: str, held: int) -> None:
+def test_hours_by_hand(words: list[str], kind: str, held: float) -> None:
     """Attempts that were cut off count, trials that were not timed are told."""
     trials = [ended(0), ended(1), ended(2, "failed"), ended(3, "early_stopped")]
     spans = {
@@ -284,10 +286,12 @@ def test_importance_of_a_function_of_one_parameter() -> None:
 
 
 def test_curves_of_a_trial_by_hand(tmp_path: Path) -> None:
-    [sample, *_] = swept(tmp_path)
+    swept(tmp_path)
     space = SearchSpace.load(str(tmp_path / "given.yaml"))
-    config = trial_config(space.config(), str(tmp_path / "common"), sample)
-    assert curve(config) == [(10 * ROW, 5.0), (25 * ROW, 3.0)]
+    searcher = AxSearcher(space, file=str(tmp_path / "searcher.json"))
+    sweep = Sweep.read(str(tmp_path), space, space.config(), searcher)
+    assert sweep.curve(sweep.trials[0]) == [(10 * ROW, 5.0), (25 * ROW, 3.0)]
+    assert sweep.curve(sweep.trials[3]) == [(10 * ROW, 5.0)]
 
 
 def test_labels_are_short_and_tell_apart() -> None:
