@@ -82,6 +82,7 @@ def test_the_best_configuration_is_ready_to_run(tmp_path: Path) -> None:
 
 def test_of_two_objectives_a_front_is_told(tmp_path: Path) -> None:
     swept(tmp_path, objectives={"loss": "minimize", "steps": "minimize"})
+    (tmp_path / "best_3.yaml").write_text("of an earlier front")
     analyze(str(tmp_path))
     assert {path.name for path in tmp_path.glob("best*")} == {f"best_{n}.yaml" for n in range(3)}
     assert "## Pareto front" in (tmp_path / "report.md").read_text()
