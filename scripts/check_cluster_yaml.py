@@ -23,6 +23,7 @@ Place = tuple[str | int, ...]
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ANY = {"*": None}
 """A mapping of names that are the user's own."""
+WORD = "a word or a number"
 
 
 class Problem(NamedTuple):
@@ -40,8 +41,9 @@ class Document(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------- known keys
-# A table maps a key to the table of what lies below it; None is any value, a tuple the values that
-# are known, a list of one table a list of such. A key that ends in ! has to be there.
+# A table maps a key to the table of what lies below it; None is any value, WORD one without anything
+# below it, a tuple the values that are known, a list of one table a list of such. A key that ends
+# in ! has to be there.
 
 
 @cache
@@ -176,7 +178,7 @@ def _of_schema(schema: Mapping[str, Any]) -> Any:
         return {key: _of_schema(below) for key, below in schema["properties"].items()}
     if schema.get("$ref") == "#/definitions/commands":
         return [None]
-    return ANY if schema.get("type") == "object" else None
+    return {"object": ANY, "array": None}.get(schema.get("type", "array"), WORD)
 
 
 # What KubeRay 1.5 (ray.io/v1) and Kubernetes know of what a cluster of ours may say.
@@ -264,6 +266,9 @@ def wrong_keys(given: Any, table: Any, at: Place = ()) -> Iterator[Problem]:
                 yield from wrong_keys(each, table[0], (*at, index))
         else:
             yield Problem(at, f"expected a list, found {given!r}")
+    elif table == WORD:
+        if isinstance(given, dict | list):
+            yield Problem(at, f"expected {WORD}, found {given!r}")
     elif isinstance(table, tuple):
         if given not in table or isinstance(given, bool) != isinstance(table[0], bool):
             names = [str(value) for value in table]
@@ -324,7 +329,9 @@ def command_problems(command: str, head: bool, token: str | None, takes_work: bo
 
 def launcher_problems(tree: Any) -> Iterator[Problem]:
     """What is wrong with a launcher's file that its keys do not show."""
-    tokens = [path for path in tree.get("file_mounts") or {} if path.endswith("auth_token")]
+    tokens = [
+        path for path in map(str, tree.get("file_mounts") or {}) if path.endswith("auth_token")
+    ]
     if not tokens:
         yield Problem(("file_mounts",), "no token is mounted; add /home/ray/.ray/auth_token: "
                       "~/.ray/auth_token, which `ray get-auth-token --generate` makes")  # fmt: skip
@@ -343,7 +350,7 @@ def launcher_problems(tree: Any) -> Iterator[Problem]:
     for number, rule in enumerate(
         _below(tree, "provider", "security_group", "IpPermissions") or ()
     ):
-        wide = any(r.get("CidrIp") == "0.0.0.0/0" for r in rule.get("IpRanges") or ())
+        wide = "0.0.0.0/0" in str(rule.get("IpRanges"))
         if wide and rule.get("FromPort") != 22:
             at = ("provider", "security_group", "IpPermissions", number)
             yield Problem(at, "opens more than ssh to the whole world")
