@@ -11,6 +11,7 @@ from bitray.data.weights import quantise
 from bitray.export import GGUFType
 from bitray.models.mask_token import MASK
 from bitray.objectives.base import Weight
+from bitray.pipeline.cost import Cost
 from bitray.settings import Composed, Settings, Tree, UserError, merge, nearest
 from bitray.training.settings import TrainingSettings
 from bitray.training.teacher_settings import Actors, InProcess, Server, Teachers
@@ -215,6 +216,10 @@ class Config(Composed):
     scaling: Scaling = Scaling()
     gpu: GPU | None = None
     """Micro-batches by model and stage, laid over the stages' presets."""
+    cost: Cost = Cost()
+    probe: bool = False
+    """Measure memory and speed by some steps of the real model, for the plan (`--dry-run`) and for
+    what the report compares with."""
     output_dir: str = "runs"
     experiment: str | None = None
     """Folder of the run below `output_dir`; None: `bitray_{model}`."""
@@ -262,7 +267,7 @@ class Config(Composed):
     def problems(self) -> list[str]:
         most = (self.model.config or {}).get("max_position_embeddings")
         return [
-            *filter(None, [self.fp8_problem()]),
+            *filter(None, [self.fp8_problem(), self.cost.problem(self.gpu and self.gpu.name)]),
             *self._besides_stages(),
             *(
                 text

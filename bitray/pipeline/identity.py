@@ -16,6 +16,7 @@ from bitray.training.teacher_settings import PLACEMENT
 
 _ELSEWHERE = {
     "output_dir", "experiment", "logging", "report", "export", "resume", "scaling", "gpu",
+    "cost", "probe",
 }  # fmt: skip
 """Settings that change where things go or who computes them, not what is computed."""
 _BESIDE = {

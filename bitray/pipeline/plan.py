@@ -26,12 +26,15 @@ from bitray.models.low_rank import add_corrections, train_corrections_only
 from bitray.models.mask_token import set_mask_token
 from bitray.nn import bit_linears, rank_of
 from bitray.pipeline.config import Config
+from bitray.pipeline.cost import Expected, duration, money
 from bitray.pipeline.fit import reserved_cpus
 from bitray.pipeline.folders import named_checkpoint, stage_folder
 from bitray.pipeline.remix import schedule_of_mixture
 from bitray.pipeline.report import Table
+from bitray.pipeline.session import ray_session
 from bitray.pipeline.teacher_server import checked
 from bitray.settings import UserError, listed
+from bitray.training.flops import flops_per_token
 from bitray.training.teacher_settings import Actors, InProcess, Offload, Server
 
 GB = 1e9
@@ -245,11 +248,12 @@ def plan(config: Config) -> str:
     model = outline(config)
     parameters = sum(p.numel() for p in model.parameters())
     known = config.model.tokenizer or config.model.path
-    rows = [_row(config, name, parameters, model) for name in config.stages]
     check_model(config, model, known)
     header = ("stage", "steps", "tokens", "workers", "learning rate", "memory/worker", "starts at")
+    stages = expected(config, model)
     remixes = [line for name in config.stages for line in schedule_of_mixture(config, name)]
-    checkpoints = 12 * parameters * sum(s.keep_last + 2 for s in config.stages.values()) / GB
+    rows = [_row(config, name, each) for name, each in stages.items()]
+    checkpoints = sum(each.checkpoint_gb * each.checkpoints for each in stages.values())
     lines = [
         f"run       {config.run_dir}",
         f"model     {config.model.name}: {parameters:,} parameters"
@@ -264,6 +268,8 @@ def plan(config: Config) -> str:
         "",
         Table(header, rows).text(),
         *remixes,
+        "",
+        _bill(config, stages).text(),
         "",
         "nothing was trained (--dry-run)",
     ]
@@ -280,18 +286,72 @@ def _teacher(config: Config) -> list[str]:
     return [f"teacher   {teacher.type}: {teacher.path or config.model.path or 'its dense stage'}"]
 
 
-def _row(config: Config, name: str, parameters: int, model: PreTrainedModel) -> tuple[str, ...]:
-    stage, scaling = config.stages[name], config.scaling_of(name)
-    tokens = stage.total_steps * stage.rows_per_step * stage.max_seq_length
+def _row(config: Config, name: str, each: Expected) -> tuple[str, ...]:
+    stage = config.stages[name]
     return (
         name,
         str(stage.total_steps),
-        f"{tokens:,}",
-        str(scaling.num_workers),
+        f"{each.tokens:,}",
+        str(each.workers),
         f"{stage.optimizer.lr:g}" if stage.total_steps else "-",
-        f"{memory(config, name, parameters, model).total / GB:.2g} GB",
+        f"{each.memory_gb:.2g} GB",
         _resume_point(config, name),
     )
+
+
+def _bill(config: Config, stages: Mapping[str, Expected]) -> Table:
+    """Time and price of the stages that take steps, whatever is done of them already."""
+    rates = config.cost.rates(config.gpu and config.gpu.name)
+    rows = []
+    for name, each in stages.items():
+        if not each.tokens:
+            continue
+        rate = each.tokens_per_second
+        price = money(each.worker_hours, rates) if each.worker_hours is not None else ""
+        shown = "unknown" if rate is None else f"{rate:,.0f}"
+        rows.append((name, shown, each.how, duration(each.hours), price or "no price known"))
+    return Table(("time and price", "tokens/s", "", "training", "price"), rows)
+
+
+def expected(config: Config, model: PreTrainedModel) -> dict[str, Expected]:
+    """What each stage will take. Memory is estimated, and the rate taken to be `cost.mfu` of the
+    device's peak, unless `probe=true` has both measured (or the stage takes no steps)."""
+    parameters = sum(p.numel() for p in model.parameters())
+    found = {}
+    for name, stage in config.stages.items():
+        workers = config.scaling_of(name).num_workers
+        held = memory(config, name, parameters, model)
+        taken, rate, how = held.total, *_assumed_rate(config, name, model, parameters)
+        if config.probe and stage.total_steps:
+            from bitray.pipeline.batch_size import probed  # which asks for our outline
+
+            with ray_session():
+                taken, each = probed(config, name)
+            rate, how = each * workers, "measured, without communication"
+        found[name] = Expected(
+            tokens=stage.total_steps * stage.rows_per_step * stage.max_seq_length,
+            workers=workers,
+            memory_gb=taken / GB,
+            tokens_per_second=rate,
+            how=how,
+            checkpoint_gb=(held.masters + held.optimizer) * workers / GB,
+            checkpoints=stage.keep_last + 2,  # the best and the final one
+        )
+    return found
+
+
+def _assumed_rate(
+    config: Config, name: str, model: PreTrainedModel, parameters: int
+) -> tuple[float | None, str]:
+    """Tokens per second of all workers of a stage, and where that comes from."""
+    scaling, cost, gpu = config.scaling_of(name), config.cost, config.gpu and config.gpu.name
+    if gpu is None and scaling.use_gpu and torch.cuda.is_available():
+        gpu = torch.cuda.get_device_name()
+    peak = cost.planned_flops((cost.gpu or gpu) if scaling.use_gpu else None)
+    if peak is None:
+        return None, "probe=true measures"
+    each = flops_per_token(model.config, parameters, config.stages[name].max_seq_length)
+    return scaling.num_workers * cost.mfu * peak / each, f"assumed, at {cost.mfu:.0%} of the peak"
 
 
 def _resume_point(config: Config, name: str) -> str:

@@ -1,5 +1,6 @@
 """`run(config)`: the whole road, from text to an exported ternary model."""
 
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from bitray.data.manifest import Manifest, digest
 from bitray.pipeline.batch_size import sized
 from bitray.pipeline.config import Config, Scaling
 from bitray.pipeline.console import console
+from bitray.pipeline.cost import ESTIMATE, dump
 from bitray.pipeline.finish import Result, finish
 from bitray.pipeline.fit import check_enough, fit, groups, grown, reserved_cpus, streams
 from bitray.pipeline.folders import skipped_by_name, stage_folder
@@ -26,11 +28,12 @@ from bitray.pipeline.material import (
     prepared_beside,
     tokenizer_of,
 )
-from bitray.pipeline.plan import check_model, check_resources, outline, resources
+from bitray.pipeline.plan import check_model, check_resources, expected, outline, resources
 from bitray.pipeline.report import Table
 from bitray.pipeline.session import ray_session
 from bitray.pipeline.worker import STOP, Job
 from bitray.settings import UserError
+from bitray.training import goodput
 
 
 def run(config: Config) -> Result:
@@ -39,9 +42,11 @@ def run(config: Config) -> Result:
     The same configuration again continues where it stopped, or says where its result lies.
     `UserError` for anything that the user can put right, as early as it can be known.
     """
-    config = located(config)
+    began, config = time.time(), located(config)
     inputs_of(config.data)
-    check_model(config, outline(config), named_tokenizer(config))
+    model = outline(config)
+    stages = expected(config, model)
+    check_model(config, model, named_tokenizer(config))
     with ray_session():
         check_resources(config, resources())
         material = Material(config, tokenizer_of(config))
@@ -50,6 +55,10 @@ def run(config: Config) -> Result:
             storage.remove(config.run_dir)
         parts = {str(kind): job.parts for kind, job in material.jobs.items()}
         fingerprint = claim(config, parts)
+        goodput.begin(config.run_dir, began)
+        estimate = storage.join(config.run_dir, ESTIMATE)
+        if config.probe or not storage.exists(estimate):
+            storage.write_json(estimate, dump(stages))
         with stoppable(config.run_dir), console() as lines:
             stopped = train(config, material, fingerprint, lines)
         if stopped:

@@ -18,6 +18,7 @@ def ray_session() -> Iterator[None]:
 
     What workers print stays in Ray's logs and its dashboard: a run says what matters itself.
     """
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard's Train tab
     if ray.is_initialized():
         yield
         return

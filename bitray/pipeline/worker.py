@@ -51,9 +51,11 @@ from bitray.pipeline.folders import (
 from bitray.pipeline.material import RowKind
 from bitray.pipeline.remix import few_updates, remixing
 from bitray.pipeline.remote_teacher import RemoteTeacher, pool, served
-from bitray.pipeline.sinks import sinks_of
+from bitray.pipeline.sinks import RayMetrics, run_name, sinks_of
 from bitray.settings import UserError
-from bitray.training import state
+from bitray.training import goodput, state
+from bitray.training.flops import flops_per_token
+from bitray.training.goodput import Clock, Ledger
 from bitray.training.influence import Influence
 from bitray.training.loop import Every, Loop, autocast_for, mean_loss, seed_of
 from bitray.training.metrics import Sink
@@ -91,10 +93,12 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
     """Entry point of `TorchTrainer`. What a user can put right is returned, not raised: starting
     the worker group again would not help."""
     job: Job = arguments["job"]
+    clock = Clock()
+    ledger = Ledger(job.config.run_dir, clock) if world()[0] == 0 else None
     with speaking(job.lines) as say:
         try:
             for name in job.stages:
-                stage = Stage(job, name, ray.train.torch.get_device(), say)
+                stage = Stage(job, name, ray.train.torch.get_device(), say, clock, ledger)
                 if not stage.folder.complete and not stage.run():
                     return {"stopped": name}
         except (UserError, FloatingPointError) as error:
@@ -110,6 +114,10 @@ class Stage:
     name: str
     device: torch.device
     say: Say
+    clock: Clock
+    """Where this worker's time goes."""
+    ledger: Ledger | None
+    """Keeps the clock of rank 0."""
     files: dict[str, bytes] = field(init=False)
     """What describes the model in every checkpoint."""
     influence: Influence | None = None
@@ -251,14 +259,17 @@ class Stage:
             teacher=self.teacher(model.model.config.vocab_size),
             position=position,
             hooks=[
-                Every(settings.eval_every, self.on_evaluate),
-                Every(settings.save_every, self.on_save),
+                Every(settings.eval_every, self.on_evaluate, "evaluation"),
+                Every(settings.save_every, self.on_save, "checkpoint"),
                 Every(settings.log_every, self.on_log),
             ],
             sinks=self.sinks(found, position),
             stop_requested=_stop_flag(self.config.run_dir),
             data_step=data["step"] if data else 0,
             sources=tuple(self.config.data.sources),
+            clock=self.clock,
+            mfu_per_rate=self.mfu_per_rate(model),
+            on_worker=self.on_worker(),
         )
         weights = partial(from_rank_zero, self.weights)
         self.influence = remixing(
@@ -275,7 +286,7 @@ class Stage:
             if data and found:
                 self.influence.resume(loop, checkpoint.load_state(found)["influence"])
             # first: a decision has to be taken before a checkpoint of the same step
-            loop.hooks = [Every(1, self.influence), *loop.hooks]
+            loop.hooks = [Every(1, self.influence, "influence"), *loop.hooks]
         return loop
 
     def decided(
@@ -315,7 +326,28 @@ class Stage:
             for notice in filter(None, notices):
                 self.say(f"{self.name:<9} {notice}")
         run_id = digest([self.config.run_dir, self.job.fingerprint])[:16]  # the same after restarts
-        return sinks_of(self.config, self.name, position.step, run_id, self.say)
+        assert self.ledger is not None
+        found_sinks = sinks_of(self.config, self.name, position.step, run_id, self.say)
+        return [*found_sinks, self.ledger]
+
+    def mfu_per_rate(self, model: LossModel) -> float | None:
+        """What to multiply tokens per second with; None where the device's peak is not known."""
+        peak = self.config.cost.peak_flops(self.device)
+        if peak is None:
+            return None
+        parameters = sum(p.numel() for p in model.model.parameters())
+        length = self.settings.max_seq_length
+        return flops_per_token(model.model.config, parameters, length) / (peak * world()[1])
+
+    def on_worker(self) -> Callable[[dict[str, float]], None]:
+        """A sink for this worker's own metrics."""
+        sink = RayMetrics(run_name(self.config), worker=str(world()[0]))
+
+        def tell(metrics: dict[str, float]) -> None:
+            memory = {"worker/peak_memory_gb": peak_memory_gb(self.device)}
+            sink.write(self.name, 0, {**metrics, **memory})
+
+        return tell
 
     def teacher(self, vocabulary: int) -> Teacher | None:
         """The teacher, if any objective asks for one."""
@@ -335,11 +367,12 @@ class Stage:
     # ----------------------------------------------------------------------------- side work
 
     def on_log(self, loop: Loop) -> None:
-        """How often every source has been gone through."""
-        if world()[0] == 0:
+        """How often every source has been gone through, and where the run's time goes."""
+        if self.ledger is not None:
             actor: Any = ray.get_actor(self.job.streams[self.name].actor)
             epochs = ray.get(actor.epochs.remote(self.name, loop.data_step))
-            loop.write({f"mixture/epoch_{name}": count for name, count in epochs.items()})
+            told = {f"mixture/epoch_{name}": count for name, count in epochs.items()}
+            loop.write({**told, **self.ledger.metrics(self.settings.save_every)})
 
     def on_evaluate(self, loop: Loop) -> None:
         """Held-out losses on the way; a new best is kept. The end has its own evaluation."""
@@ -368,6 +401,7 @@ class Stage:
         self.record(self.name, losses)
         self.save(loop, self.folder.final)
 
+    @goodput.counted("evaluation")
     def evaluate(self, model: LossModel, batches: int | None = None) -> dict[str, float]:
         """Held-out loss per domain at strength 1, on so many batches of each or on all."""
         some = {name: found[:batches] for name, found in self.validation.items()}
@@ -385,6 +419,7 @@ class Stage:
             if not loop.at_end:
                 self.save(loop, self.folder.best)
 
+    @goodput.counted("checkpoint")
     def save(self, loop: Loop, directory: str) -> None:
         """A checkpoint of the loop as it stands."""
         data: dict[str, Any] | None = None
