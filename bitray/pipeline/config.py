@@ -191,7 +191,9 @@ class ResumeRun(Settings):
     fresh: bool = False
     """Delete what the folder holds and start over."""
     fork: bool = False
-    """Continue although settings that matter differ."""
+    """Continue although settings that matter differ: another lineage begins in the same folder."""
+    storage_patience: float = Field(default=600.0, gt=0)
+    """Seconds that object storage which does not answer is tried again before the run stops."""
 
 
 class Config(Composed):

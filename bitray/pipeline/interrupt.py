@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from bitray import storage
-from bitray.pipeline.worker import STOP
+from bitray.pipeline.saving import STOP
 
 T = TypeVar("T")
 

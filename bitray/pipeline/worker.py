@@ -1,5 +1,6 @@
 """What one Ray Train worker does: the stages it was given, one after the other, in one group."""
 
+import errno
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from bitray.data.shards import Shards, held_out
 from bitray.data.stream import DataEnded, TicketStream, worker_batches
 from bitray.data.weights import UNIT
 from bitray.inference.evaluation import evaluate
+from bitray.lease import Claim
 from bitray.models.batch import Batch
 from bitray.models.convert import is_bitnet, to_bitnet
 from bitray.models.isolation import check_documents_isolated
@@ -51,7 +53,9 @@ from bitray.pipeline.folders import (
 from bitray.pipeline.material import RowKind
 from bitray.pipeline.remix import few_updates, remixing
 from bitray.pipeline.remote_teacher import RemoteTeacher, pool, served
+from bitray.pipeline.saving import Checkpoints, Rewind, Watch
 from bitray.pipeline.sinks import RayMetrics, run_name, sinks_of
+from bitray.retries import patient
 from bitray.settings import UserError
 from bitray.training import goodput, state
 from bitray.training.flops import flops_per_token
@@ -64,9 +68,8 @@ from bitray.training.state import Position
 from bitray.training.teacher import Teacher, open_teacher
 from bitray.training.teacher_settings import Actors, Server
 
-STOP = "STOP"
-"""File in the run's folder whose presence asks the workers to stop after the step."""
-STOP_SECONDS = 1.0
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What trying again does not help against."""
 EVALUATIONS = "evaluations.json"
 ORIGINAL, CONVERTED = "original", "converted"
 """Evaluations that belong to no stage: the pretrained model, and its ternary self untrained."""
@@ -87,6 +90,8 @@ class Job:
     streams: dict[str, TicketStream]
     lines: Queue
     """What is said there is printed by the driver."""
+    claim: Claim
+    """The lease that all of them write under."""
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -95,14 +100,21 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
     job: Job = arguments["job"]
     clock = Clock()
     ledger = Ledger(job.config.run_dir, clock) if world()[0] == 0 else None
-    with speaking(job.lines) as say:
+    with speaking(job.lines) as say, patient(job.config.resume.storage_patience):
         try:
             for name in job.stages:
                 stage = Stage(job, name, ray.train.torch.get_device(), say, clock, ledger)
                 if not stage.folder.complete and not stage.run():
                     return {"stopped": name}
+        except Rewind:
+            raise
         except (UserError, FloatingPointError) as error:
             return {"error": str(error)}
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            told = f"{job.config.run_dir}: {error.strerror}"
+            return {"error": f"{told}; make room, and the same command continues"}
     return {}
 
 
@@ -127,6 +139,9 @@ class Stage:
         self.settings = self.config.stages[self.name]
         self.folder = StageFolder(self.config.run_dir, self.name)
         self.autocast = autocast_for(self.device, self.settings.precision)
+        self.checkpoints = Checkpoints(
+            self.folder, self.job.claim, self.settings.keep_last, self.say
+        )
         self.shards = _shards(self.job.prepared[RowKind.of(self.settings)])
         longest = _shards(self.job.prepared[max(self.job.prepared)])
         # Of the longest rows in the run, so that the losses of its stages compare.
@@ -155,7 +170,26 @@ class Stage:
         wrapped = LossModel(model, self.settings.logits_chunk).to(self.device)
         check_documents_isolated(model, self.device)
         parallelize(wrapped, self.settings, self.device)
-        loop = self.loop(wrapped, strength)
+        loop, watch = self.loop(wrapped, strength), Watch(self.job.claim)
+        loop.stop_requested = lambda: watch.stop
+        asked = loop.problem_with
+        loop.problem_with = lambda batches: watch.problem or asked(batches)
+        try:
+            self.train(loop)
+            if not loop.stopped:
+                self.finish(loop)
+            self.checkpoints.wait()
+        except FloatingPointError as error:
+            self.checkpoints.once_more(loop, error)
+        finally:
+            watch.close()
+            self.checkpoints.close()
+        for sink in loop.sinks:
+            sink.close()
+        return not loop.stopped
+
+    def train(self, loop: Loop) -> None:
+        """The steps that are left."""
         if not loop.at_end:
             tickets = worker_batches(
                 ray.train.get_dataset_shard(self.name),
@@ -169,6 +203,7 @@ class Stage:
                 loop.run(asked)
             except DataEnded:  # preparing it has failed, or was stopped as this is
                 loop.stopped = True
+                self.checkpoints.wait()
                 here = self.folder.step(loop.position.step)
                 if loop.position.step and not from_rank_zero(lambda: checkpoint.is_complete(here)):
                     self.on_save(loop)
@@ -177,11 +212,6 @@ class Stage:
                     remote.close()
             asked.close()
             tickets.close()
-        if not loop.stopped:
-            self.finish(loop)
-        for sink in loop.sinks:
-            sink.close()
-        return not loop.stopped
 
     # ---------------------------------------------------------------------------- beginning
 
@@ -246,9 +276,16 @@ class Stage:
         settings = self.settings
         optimizer = settings.optimizer.build(model)
         position, data = Position(strength=strength, initial_strength=strength), None
-        found = from_rank_zero(lambda: resume_point(self.config, self.name))
+        found = from_rank_zero(
+            lambda: resume_point(self.config, self.name, self.checkpoints.pass_over)
+        )
         if found:
             position, data = state.resume(found, model, optimizer, settings.resume)
+        self.checkpoints.note(
+            "resume", step=position.step, directory=found, data_step=data["step"] if data else 0,
+            workers=world()[1], log_every=settings.log_every,
+            prepared=self.job.prepared[RowKind.of(settings)],
+        )  # fmt: skip
         loop = Loop(
             stage=self.name,
             model=model,
@@ -264,7 +301,6 @@ class Stage:
                 Every(settings.log_every, self.on_log),
             ],
             sinks=self.sinks(found, position),
-            stop_requested=_stop_flag(self.config.run_dir),
             data_step=data["step"] if data else 0,
             sources=tuple(self.config.data.sources),
             clock=self.clock,
@@ -301,6 +337,7 @@ class Stage:
                 ray.get(actor.set_weights.remote(self.name, step, weights, notes))
             except UserError as error:
                 return str(getattr(error, "cause", error))  # without Ray's account of where
+            self.checkpoints.note("decision", step=step, weights=weights and dict(weights))
             return None
 
         if reason := from_rank_zero(refused):
@@ -387,10 +424,8 @@ class Stage:
 
     def on_save(self, loop: Loop) -> None:
         """A checkpoint of this step; old ones go."""
-        if not loop.at_end:
+        if not loop.at_end and (loop.stopped or self.checkpoints.possible(loop)):
             self.save(loop, self.folder.step(loop.position.step))
-            if world()[0] == 0:
-                checkpoint.retain(self.folder.root, self.settings.keep_last)
 
     def finish(self, loop: Loop) -> None:
         """The last evaluation and the final checkpoint, which says that the stage has ended."""
@@ -421,7 +456,7 @@ class Stage:
 
     @goodput.counted("checkpoint")
     def save(self, loop: Loop, directory: str) -> None:
-        """A checkpoint of the loop as it stands."""
+        """Begin a checkpoint of the loop as it stands."""
         data: dict[str, Any] | None = None
         if world()[0] == 0 and self.settings.total_steps:
             actor: Any = ray.get_actor(self.job.streams[self.name].actor)
@@ -429,9 +464,7 @@ class Stage:
         held = state.as_json(loop.position, data) | {"stage": self.name, "time": time.time()}
         if self.influence is not None:
             held["influence"] = self.influence.state(loop)
-        state.save(directory, loop.model, loop.optimizer, held, self.files)
-        for sink in loop.sinks:
-            sink.flush()
+        self.checkpoints.save(loop, directory, held, self.files)
 
     def record(self, name: str, losses: Mapping[str, float]) -> None:
         """Keep an evaluation for the table of the run."""
@@ -466,17 +499,3 @@ def _shards(folder: str) -> Shards:
     manifest = read_manifest(folder)
     assert manifest is not None, f"{folder} was prepared by the driver"
     return Shards(folder, manifest)
-
-
-def _stop_flag(run_dir: str) -> Callable[[], bool]:
-    """Whether somebody asked to stop; looked up by rank 0, once a second."""
-    flag, looked = storage.join(run_dir, STOP), 0.0
-
-    def asked() -> bool:
-        nonlocal looked
-        if world()[0] != 0 or time.monotonic() - looked < STOP_SECONDS:
-            return False
-        looked = time.monotonic()
-        return storage.exists(flag)
-
-    return asked
