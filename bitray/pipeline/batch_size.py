@@ -33,7 +33,7 @@ def sized(config: Config, stages: Sequence[str]) -> Config:
 
 def _largest(config: Config, stage: str) -> int:
     """The least of what fits the workers."""
-    scaling, workers = config.scaling_of(stage), config.scaling_of(stage).num_workers
+    scaling, workers = config.scaling_of(stage), config.scaling_of(stage).fewest
     task: Any = ray.remote(
         num_cpus=scaling.cpus_per_worker,
         num_gpus=1 if scaling.use_gpu else 0,
@@ -73,9 +73,9 @@ def _trials(config: Config, stage: str) -> list[Trial]:
             subln=None if settings.dense else config.model.quantization.subln,
             device="cuda" if scaling.use_gpu else "cpu",
             rank=rank,
-            world=scaling.num_workers,
+            world=scaling.fewest,
         )
-        for rank in range(scaling.num_workers)
+        for rank in range(scaling.fewest)
     ]
 
 

@@ -12,6 +12,7 @@ from bitray.data.actor import mixture_actor
 from bitray.data.job import inputs_of
 from bitray.data.manifest import Manifest, digest
 from bitray.pipeline.batch_size import sized
+from bitray.pipeline.cluster import preflight
 from bitray.pipeline.config import Config, Scaling
 from bitray.pipeline.console import console
 from bitray.pipeline.finish import Result, finish
@@ -44,6 +45,7 @@ def run(config: Config) -> Result:
     check_model(config, outline(config), named_tokenizer(config))
     with ray_session():
         check_resources(config, resources())
+        preflight(config)
         material = Material(config, tokenizer_of(config))
         if config.resume.fresh:
             _check_held_out(material.open())  # nothing goes for a run that cannot begin

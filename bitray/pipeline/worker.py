@@ -11,6 +11,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.queue import Queue
 from transformers import PreTrainedModel
 
@@ -39,8 +40,10 @@ from bitray.models.low_rank import (
 )
 from bitray.models.mask_token import add_mask_token, mask_token_id
 from bitray.nn import LowRank
-from bitray.pipeline.config import Config
+from bitray.pipeline.cluster import room_for_another
+from bitray.pipeline.config import Config, Scaling
 from bitray.pipeline.console import Say, speaking
+from bitray.pipeline.faults import OUT_OF_MEMORY, Hung, account, is_out_of_memory
 from bitray.pipeline.folders import (
     StageFolder,
     original,
@@ -61,6 +64,7 @@ from bitray.training.parallel import from_rank_zero, parallelize, world
 from bitray.training.state import Position
 from bitray.training.teacher import Teacher, open_teacher
 from bitray.training.teacher_settings import Actors, Server
+from bitray.training.watch import Watchdog
 
 STOP = "STOP"
 """File in the run's folder whose presence asks the workers to stop after the step."""
@@ -89,16 +93,25 @@ class Job:
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
     """Entry point of `TorchTrainer`. What a user can put right is returned, not raised: starting
-    the worker group again would not help."""
+    the worker group again would not help. `again`: others are to go on at once."""
     job: Job = arguments["job"]
+    uri = storage.join(job.config.run_dir, OUT_OF_MEMORY)
+    if from_rank_zero(partial(storage.exists, uri)):
+        return {"out_of_memory": storage.read_json(uri)}
     with speaking(job.lines) as say:
         try:
             for name in job.stages:
                 stage = Stage(job, name, ray.train.torch.get_device(), say)
                 if not stage.folder.complete and not stage.run():
-                    return {"stopped": name}
+                    asked = storage.exists(storage.join(job.config.run_dir, STOP))
+                    return {"stopped" if asked else "again": name}
         except (UserError, FloatingPointError) as error:
             return {"error": str(error)}
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):  # raised, so that no other worker waits for this one
+                peak = peak_memory_gb(ray.train.torch.get_device())
+                storage.write_json(uri, account(name, error, peak))
+            raise
     return {}
 
 
@@ -144,7 +157,8 @@ class Stage:
         self.files = model_files(model, tokenizer)
         wrapped = LossModel(model, self.settings.logits_chunk).to(self.device)
         check_documents_isolated(model, self.device)
-        parallelize(wrapped, self.settings, self.device)
+        scaling = self.config.scaling_of(self.name)
+        parallelize(wrapped, self.settings, self.device, scaling.sharding == "hybrid")
         loop = self.loop(wrapped, strength)
         if not loop.at_end:
             tickets = worker_batches(
@@ -155,6 +169,11 @@ class Stage:
             )
             remote = loop.teacher if isinstance(loop.teacher, RemoteTeacher) else None
             asked = remote.asked(tickets) if remote else tickets
+            watchdog = Watchdog(
+                scaling.hang_seconds, Hung(self.config.run_dir, self.name, self.say)
+            )
+            around = Every(1, watchdog.ended), Every(1, watchdog.begins)
+            loop.hooks = [around[0], *loop.hooks, around[1]]
             try:
                 loop.run(asked)
             except DataEnded:  # preparing it has failed, or was stopped as this is
@@ -163,6 +182,7 @@ class Stage:
                 if loop.position.step and not from_rank_zero(lambda: checkpoint.is_complete(here)):
                     self.on_save(loop)
             finally:
+                watchdog.close()
                 if remote:
                     remote.close()
             asked.close()
@@ -255,6 +275,7 @@ class Stage:
             ],
             sinks=self.sinks(found, position),
             stop_requested=_stop_flag(self.config.run_dir),
+            say=self.say,
             data_step=data["step"] if data else 0,
             sources=tuple(self.config.data.sources),
         )
@@ -308,7 +329,7 @@ class Stage:
         total = self.settings.total_steps
         if total:
             begins = f"continues from {found}" if found else "begins"
-            self.say(f"{self.name:<9} {begins}, step {position.step}/{total}")
+            self.say(f"{self.name:<9} {begins}, step {position.step}/{total}, {world()[1]} workers")
             notices = self.settings.schedule.notice(total), few_updates(self.config, self.name)
             for notice in filter(None, notices):
                 self.say(f"{self.name:<9} {notice}")
@@ -356,6 +377,16 @@ class Stage:
             self.save(loop, self.folder.step(loop.position.step))
             if world()[0] == 0:
                 checkpoint.retain(self.folder.root, self.settings.keep_last)
+            scaling = self.config.scaling_of(self.name)
+            if world()[1] < scaling.most and not loop.stopped:
+                # a checkpoint is where nothing is lost by it
+                loop.stopped = from_rank_zero(partial(self.grows, scaling))
+
+    def grows(self, scaling: Scaling) -> bool:
+        """Whether there is room for more workers than these by now."""
+        if more := room_for_another(scaling):
+            self.say(f"{self.name:<9} there is room for more than {world()[1]} workers")
+        return more
 
     def finish(self, loop: Loop) -> None:
         """The last evaluation and the final checkpoint, which says that the stage has ended."""
@@ -430,11 +461,16 @@ def _shards(folder: str) -> Shards:
 
 
 def _stop_flag(run_dir: str) -> Callable[[], bool]:
-    """Whether somebody asked to stop; looked up by rank 0, once a second."""
+    """Whether somebody asked to stop, looked up by rank 0, once a second; or whether a node is
+    about to go, which every worker is told."""
     flag, looked = storage.join(run_dir, STOP), 0.0
+    # What `ray.train.get_preemption_info()` gives, which is a collective through an actor.
+    notice = get_train_context().preemption_context
 
     def asked() -> bool:
         nonlocal looked
+        if notice.preemption_info is not None:
+            return True
         if world()[0] != 0 or time.monotonic() - looked < STOP_SECONDS:
             return False
         looked = time.monotonic()

@@ -126,7 +126,7 @@ def room(config: Config) -> int:
         how = config.scaling_of(name)
         found.append(there.get("CPU", 0) / reserved_cpus(how))
         if how.use_gpu:
-            found.append(there.get("GPU", 0) / how.num_workers)
+            found.append(there.get("GPU", 0) / how.most)
     if min(found) < 1:
         raise UserError("scaling: the cluster does not hold the workers of a single trial")
     return math.floor(min(found))
