@@ -67,7 +67,7 @@ def _largest(config: Config, stage: str) -> int:
         [task.remote(trial, scaling.gpus_per_worker) for trial in trials]
     )
     fitting = [size for size in found if size is not None]
-    if len(fitting) < scaling.num_workers:
+    if len(fitting) < scaling.fewest:
         length = config.stages[stage].max_seq_length
         raise UserError(
             f"stages.{stage}: not even one row of {length} tokens fits a worker; shorten "
@@ -96,9 +96,9 @@ def _trials(config: Config, stage: str) -> list[Trial]:
             subln=None if settings.dense else config.model.quantization.subln,
             device="cuda" if scaling.use_gpu else "cpu",
             rank=rank,
-            world=scaling.num_workers,
+            world=scaling.fewest,
         )
-        for rank in range(scaling.num_workers)
+        for rank in range(scaling.fewest)
     ]
 
 

@@ -121,7 +121,7 @@ def comparison(
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and rows of a table: what was expected of each stage, and what its metrics say."""
     header = ("stage", "tokens/s", "expected", "time", "expected", "memory/worker", "expected")
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, each in expected.items():
         mine = [r for r in records if r["stage"] == name]
         windows = [r for r in mine if "train/tokens_per_second" in r]

@@ -199,7 +199,7 @@ def taken_tables(config: Config) -> dict[str, Table]:
         root for name in stages if storage.exists(root := StageFolder(config.run_dir, name).root)
     ]
     there = sum(file.size for root in roots for file in storage.list_files(root))
-    rates = config.cost.rates(config.gpu and config.gpu.name)
+    rates = config.cost.rates(config.gpu_name)
     tables["Cost"] = Table(("", "taken", "expected"), [
         ("worker hours", f"{hours:.2f}", "unknown" if known is None else f"{known:.2f}"),
         *((f"$ at {who}", f"{hours * rate:,.2f}", "unknown" if known is None

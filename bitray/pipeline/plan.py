@@ -25,6 +25,7 @@ from bitray.models.loading import (
 from bitray.models.low_rank import add_corrections, train_corrections_only
 from bitray.models.mask_token import set_mask_token
 from bitray.nn import bit_linears, rank_of
+from bitray.pipeline.cluster import coming
 from bitray.pipeline.config import Config
 from bitray.pipeline.cost import Expected, duration, money
 from bitray.pipeline.fit import reserved_cpus
@@ -41,9 +42,11 @@ GB = 1e9
 
 
 def resources() -> dict[str, float]:
-    """CPUs and GPUs of the running cluster, or of this machine where none runs."""
+    """CPUs and GPUs of the running cluster, with those that an autoscaler may bring, or of this
+    machine where none runs."""
     if ray.is_initialized():
-        return {key: float(value) for key, value in ray.cluster_resources().items()}
+        here = {key: float(value) for key, value in ray.cluster_resources().items()}
+        return here | {key: max(most, here.get(key, 0.0)) for key, most in coming().items()}
     return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
 
 
@@ -60,7 +63,7 @@ def check_resources(config: Config, held: Mapping[str, float]) -> None:
         beside = f" + {teacher.count} teachers x {teacher.cpus:g}" if teacher else ""
         if cpus > held.get("CPU", 0.0):
             raise UserError(
-                f"scaling: stage {name} needs {cpus:g} CPUs ({scaling.num_workers} workers x "
+                f"scaling: stage {name} needs {cpus:g} CPUs ({scaling.fewest} workers x "
                 f"{scaling.cpus_per_worker:g} + {scaling.readers} readers x "
                 f"{scaling.cpus_per_reader:g}{beside}), the cluster has {held.get('CPU', 0.0):g}; "
                 "lower scaling.num_workers, scaling.cpus_per_worker or scaling.readers"
@@ -206,7 +209,7 @@ def memory(config: Config, stage: str, parameters: int, model: PreTrainedModel) 
     if settings.activation_checkpointing:
         per_token = shape.hidden_size
     chunk = min(tokens, settings.logits_chunk or 2048) * shape.vocab_size * 4 * 3
-    share = parameters / scaling.num_workers
+    share = parameters / scaling.fewest
     compared = 0
     if config.influence_interval(stage):
         compared = len(config.probes(stage)) + settings.influence.groups * len(
@@ -219,8 +222,8 @@ def memory(config: Config, stage: str, parameters: int, model: PreTrainedModel) 
     learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Memory(
         masters=4 * share,
-        gradients=4 * learnt / scaling.num_workers,
-        optimizer=settings.optimizer.state_bytes(model) / scaling.num_workers,
+        gradients=4 * learnt / scaling.fewest,
+        optimizer=settings.optimizer.state_bytes(model) / scaling.fewest,
         teacher=_teacher_bytes(config, stage, model, low),
         activations=float(low * tokens * per_token * shape.num_hidden_layers + chunk),
         influence=4 * share * settings.influence.depth * compared,
@@ -230,7 +233,7 @@ def memory(config: Config, stage: str, parameters: int, model: PreTrainedModel) 
 def _teacher_bytes(config: Config, stage: str, model: PreTrainedModel, low: int) -> float:
     """Of the teacher on one worker's device, taken to be of the student's size: its share, two of
     its layers if it is offloaded, half a byte and a scale for a weight in 4 bits, or nothing."""
-    teacher, workers = config.model.teacher, config.scaling_of(stage).num_workers
+    teacher, workers = config.model.teacher, config.scaling_of(stage).fewest
     if not config.stages[stage].needs_teacher or isinstance(teacher, Actors | Server):
         return 0.0
     every = sum(p.numel() for p in model.parameters())
@@ -239,6 +242,36 @@ def _teacher_bytes(config: Config, stage: str, model: PreTrainedModel, low: int)
         return low * every / (workers if teacher.sharded(every, workers) else 1)
     inside = 2.0 * low * max(layers) if isinstance(teacher, Offload) else 0.57 * sum(layers)
     return inside + low * (every - sum(layers))
+
+
+def too_large(config: Config, stage: str, worker: int, peak_gb: float, said: str) -> str:
+    """What to tell of a worker that ran out of memory: peak, what takes most, what to change."""
+    model = outline(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    terms = vars(memory(config, stage, parameters, model)).items()
+    largest = sorted(terms, key=lambda term: -term[1])[:3]
+    named = ", ".join(f"{name} {size / GB:.2g} GB" for name, size in largest)
+    size = config.stages[stage].batch_size
+    return (
+        f"stage {stage}: worker {worker} ran out of memory at a peak of {peak_gb:.3g} GB ({said}); "
+        f"by estimate the biggest parts are {named}; lower training.batch_size (now {size}, or set "
+        "training.auto_batch_size=true), set training.activation_checkpointing=true, or raise "
+        "scaling.num_workers"
+    )
+
+
+def idle_turns(config: Config, stage: str) -> str | None:
+    """A sentence where workers do not share the micro-batches of a step evenly: the numbers stay
+    right, but some of them wait."""
+    scaling, tickets = config.scaling_of(stage), config.stages[stage].gradient_accumulation_steps
+    if not config.stages[stage].total_steps or tickets % scaling.most == 0:
+        return None
+    turns = -(-tickets // scaling.most) * scaling.most
+    return (
+        f"note      {stage}: {tickets} micro-batches a step leave {1 - tickets / turns:.0%} of the "
+        f"turns of {scaling.most} workers empty; a multiple of {scaling.most} as "
+        "gradient_accumulation_steps would not"
+    )
 
 
 def plan(config: Config) -> str:
@@ -268,6 +301,7 @@ def plan(config: Config) -> str:
         "",
         Table(header, rows).text(),
         *remixes,
+        *filter(None, (idle_turns(config, name) for name in config.stages)),
         "",
         _bill(config, stages).text(),
         "",
@@ -287,12 +321,12 @@ def _teacher(config: Config) -> list[str]:
 
 
 def _row(config: Config, name: str, each: Expected) -> tuple[str, ...]:
-    stage = config.stages[name]
+    stage, scaling = config.stages[name], config.scaling_of(name)
     return (
         name,
         str(stage.total_steps),
         f"{each.tokens:,}",
-        str(each.workers),
+        "-".join(map(str, dict.fromkeys((scaling.fewest, scaling.most)))),
         f"{stage.optimizer.lr:g}" if stage.total_steps else "-",
         f"{each.memory_gb:.2g} GB",
         _resume_point(config, name),
@@ -301,7 +335,7 @@ def _row(config: Config, name: str, each: Expected) -> tuple[str, ...]:
 
 def _bill(config: Config, stages: Mapping[str, Expected]) -> Table:
     """Time and price of the stages that take steps, whatever is done of them already."""
-    rates = config.cost.rates(config.gpu and config.gpu.name)
+    rates = config.cost.rates(config.gpu_name)
     rows = []
     for name, each in stages.items():
         if not each.tokens:
@@ -319,7 +353,7 @@ def expected(config: Config, model: PreTrainedModel) -> dict[str, Expected]:
     parameters = sum(p.numel() for p in model.parameters())
     found = {}
     for name, stage in config.stages.items():
-        workers = config.scaling_of(name).num_workers
+        workers = config.scaling_of(name).most
         held = memory(config, name, parameters, model)
         taken, rate, how = held.total, *_assumed_rate(config, name, model, parameters)
         if config.probe and stage.total_steps:
@@ -344,14 +378,14 @@ def _assumed_rate(
     config: Config, name: str, model: PreTrainedModel, parameters: int
 ) -> tuple[float | None, str]:
     """Tokens per second of all workers of a stage, and where that comes from."""
-    scaling, cost, gpu = config.scaling_of(name), config.cost, config.gpu and config.gpu.name
+    scaling, cost, gpu = config.scaling_of(name), config.cost, config.gpu_name
     if gpu is None and scaling.use_gpu and torch.cuda.is_available():
         gpu = torch.cuda.get_device_name()
     peak = cost.planned_flops((cost.gpu or gpu) if scaling.use_gpu else None)
     if peak is None:
         return None, "probe=true measures"
     each = flops_per_token(model.config, parameters, config.stages[name].max_seq_length)
-    return scaling.num_workers * cost.mfu * peak / each, f"assumed, at {cost.mfu:.0%} of the peak"
+    return scaling.most * cost.mfu * peak / each, f"assumed, at {cost.mfu:.0%} of the peak"
 
 
 def _resume_point(config: Config, name: str) -> str:

@@ -19,6 +19,7 @@ from bitray.events import FOLDER, Events
 from bitray.lease import Claim
 from bitray.pipeline.batch_size import sized
 from bitray.pipeline.cli import causes, sentence
+from bitray.pipeline.cluster import preflight
 from bitray.pipeline.config import Config, Scaling
 from bitray.pipeline.console import console
 from bitray.pipeline.cost import ESTIMATE, Expected, dump
@@ -72,6 +73,7 @@ def _run(
     config: Config, held: Claim, events: Events, wanted: Mapping[str, Expected], began: float
 ) -> Result:
     check_resources(config, resources())
+    preflight(config)
     material = Material(config, tokenizer_of(config))
     if config.resume.fresh:
         _check_held_out(material.open())  # nothing goes for a run that cannot begin

@@ -12,6 +12,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.queue import Queue
 from transformers import PreTrainedModel
 
@@ -41,8 +42,10 @@ from bitray.models.low_rank import (
 )
 from bitray.models.mask_token import add_mask_token, mask_token_id
 from bitray.nn import LowRank
-from bitray.pipeline.config import Config
+from bitray.pipeline.cluster import room_for_another
+from bitray.pipeline.config import Config, Scaling
 from bitray.pipeline.console import Say, speaking
+from bitray.pipeline.faults import OUT_OF_MEMORY, Hung, account, is_out_of_memory
 from bitray.pipeline.folders import (
     StageFolder,
     original,
@@ -53,7 +56,7 @@ from bitray.pipeline.folders import (
 from bitray.pipeline.material import RowKind
 from bitray.pipeline.remix import few_updates, remixing
 from bitray.pipeline.remote_teacher import RemoteTeacher, pool, served
-from bitray.pipeline.saving import Checkpoints, Rewind, Watch
+from bitray.pipeline.saving import STOP, Checkpoints, Rewind, Watch
 from bitray.pipeline.sinks import RayMetrics, run_name, sinks_of
 from bitray.retries import patient
 from bitray.settings import UserError
@@ -67,6 +70,7 @@ from bitray.training.parallel import from_rank_zero, parallelize, world
 from bitray.training.state import Position
 from bitray.training.teacher import Teacher, open_teacher
 from bitray.training.teacher_settings import Actors, Server
+from bitray.training.watch import Watchdog
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What trying again does not help against."""
@@ -96,8 +100,11 @@ class Job:
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
     """Entry point of `TorchTrainer`. What a user can put right is returned, not raised: starting
-    the worker group again would not help."""
+    the worker group again would not help. `again`: others are to go on at once."""
     job: Job = arguments["job"]
+    uri = storage.join(job.config.run_dir, OUT_OF_MEMORY)
+    if from_rank_zero(partial(storage.exists, uri)):
+        return {"out_of_memory": storage.read_json(uri)}
     clock = Clock()
     ledger = Ledger(job.config.run_dir, clock) if world()[0] == 0 else None
     with speaking(job.lines) as say, patient(job.config.resume.storage_patience):
@@ -105,7 +112,8 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
             for name in job.stages:
                 stage = Stage(job, name, ray.train.torch.get_device(), say, clock, ledger)
                 if not stage.folder.complete and not stage.run():
-                    return {"stopped": name}
+                    asked = storage.exists(storage.join(job.config.run_dir, STOP))
+                    return {"stopped" if asked else "again": name}
         except Rewind:
             raise
         except (UserError, FloatingPointError) as error:
@@ -115,6 +123,11 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
                 raise
             told = f"{job.config.run_dir}: {error.strerror}"
             return {"error": f"{told}; make room, and the same command continues"}
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):  # raised, so that no other worker waits for this one
+                peak = peak_memory_gb(ray.train.torch.get_device())
+                storage.write_json(uri, account(name, error, peak))
+            raise
     return {}
 
 
@@ -169,9 +182,12 @@ class Stage:
         self.files = model_files(model, tokenizer)
         wrapped = LossModel(model, self.settings.logits_chunk).to(self.device)
         check_documents_isolated(model, self.device)
-        parallelize(wrapped, self.settings, self.device)
+        scaling = self.config.scaling_of(self.name)
+        parallelize(wrapped, self.settings, self.device, scaling.sharding == "hybrid")
         loop, watch = self.loop(wrapped, strength), Watch(self.job.claim)
-        loop.stop_requested = lambda: watch.stop
+        # What `ray.train.get_preemption_info()` gives, which is a collective through an actor.
+        notice = get_train_context().preemption_context
+        loop.stop_requested = lambda: watch.stop or notice.preemption_info is not None
         asked = loop.problem_with
         loop.problem_with = lambda batches: watch.problem or asked(batches)
         try:
@@ -199,6 +215,12 @@ class Stage:
             )
             remote = loop.teacher if isinstance(loop.teacher, RemoteTeacher) else None
             asked = remote.asked(tickets) if remote else tickets
+            watchdog = Watchdog(
+                self.config.scaling_of(self.name).hang_seconds,
+                Hung(self.config.run_dir, self.name, self.say),
+            )
+            around = Every(1, watchdog.ended), Every(1, watchdog.begins)
+            loop.hooks = [around[0], *loop.hooks, around[1]]
             try:
                 loop.run(asked)
             except DataEnded:  # preparing it has failed, or was stopped as this is
@@ -208,6 +230,7 @@ class Stage:
                 if loop.position.step and not from_rank_zero(lambda: checkpoint.is_complete(here)):
                     self.on_save(loop)
             finally:
+                watchdog.close()
                 if remote:
                     remote.close()
             asked.close()
@@ -301,6 +324,7 @@ class Stage:
                 Every(settings.log_every, self.on_log),
             ],
             sinks=self.sinks(found, position),
+            say=self.say,
             data_step=data["step"] if data else 0,
             sources=tuple(self.config.data.sources),
             clock=self.clock,
@@ -358,7 +382,7 @@ class Stage:
         total = self.settings.total_steps
         if total:
             begins = f"continues from {found}" if found else "begins"
-            self.say(f"{self.name:<9} {begins}, step {position.step}/{total}")
+            self.say(f"{self.name:<9} {begins}, step {position.step}/{total}, {world()[1]} workers")
             notices = self.settings.schedule.notice(total), few_updates(self.config, self.name)
             for notice in filter(None, notices):
                 self.say(f"{self.name:<9} {notice}")
@@ -426,6 +450,16 @@ class Stage:
         """A checkpoint of this step; old ones go."""
         if not loop.at_end and (loop.stopped or self.checkpoints.possible(loop)):
             self.save(loop, self.folder.step(loop.position.step))
+            scaling = self.config.scaling_of(self.name)
+            if world()[1] < scaling.most and not loop.stopped:
+                # a checkpoint is where nothing is lost by it
+                loop.stopped = from_rank_zero(partial(self.grows, scaling))
+
+    def grows(self, scaling: Scaling) -> bool:
+        """Whether there is room for more workers than these by now."""
+        if more := room_for_another(scaling):
+            self.say(f"{self.name:<9} there is room for more than {world()[1]} workers")
+        return more
 
     def finish(self, loop: Loop) -> None:
         """The last evaluation and the final checkpoint, which says that the stage has ended."""

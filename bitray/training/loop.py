@@ -28,6 +28,7 @@ from bitray.training.parallel import (
 from bitray.training.settings import TrainingSettings
 from bitray.training.state import Position
 from bitray.training.teacher import Teacher
+from bitray.training.watch import OwnWork, Stragglers
 
 Tickets = Iterator[tuple[int, Batch]]
 """Numbered micro-batches of one worker, from `data_step` on (see `data.tickets`)."""
@@ -111,9 +112,9 @@ class Loop:
     """Model FLOPs utilisation for one token a second, of all workers; None: not known."""
     on_worker: Callable[[dict[str, float]], None] = lambda _: None
     """Told this worker's own metrics, on every worker, whenever there are metrics of all."""
+    say: Callable[[str], None] = lambda _: None
+    """Where a worker that is slow is named."""
     window: Window = field(default_factory=Window)
-    began: float = field(init=False, default=0.0)
-    """Of the step, by `time.perf_counter`."""
     source_sums: torch.Tensor = field(init=False)
     """Of this worker since the start, by source: tokens, cross-entropy, labels. [3, sources]"""
 
@@ -122,6 +123,9 @@ class Loop:
         self.source_sums = torch.zeros(shape, dtype=torch.float64, device=self.device)
         if self.settings.saliency_curriculum.enabled:
             track_columns(self.model)
+        # a compiled layer would run hooks of its parts once, when it is traced
+        watched = self.model if not self.settings.torch_compile.enabled else None
+        self.own_work, self.stragglers = OwnWork(watched, self.device), Stragglers()
 
     def run(self, tickets: Tickets) -> Position:
         """Train until the stage's end, or until somebody asks to stop (then `stopped` is set)."""
@@ -129,11 +133,13 @@ class Loop:
         self.window = Window(before=self.source_sums.clone())
         with self.clock.during(PRODUCTIVE):
             while not (self.at_end or self.stopped):
-                self.began = time.perf_counter()
+                began = time.perf_counter()
+                self.own_work.begin()
                 with self.clock.during("data_wait"):
                     batches = self._draw(tickets)
-                self.window.waited += time.perf_counter() - self.began
+                self.window.waited += time.perf_counter() - began
                 self._step(batches)
+                self.own_work.end()
                 self._after()
         return self.position
 
@@ -224,9 +230,12 @@ class Loop:
     def _count(
         self, batches: list[Batch], passes: list[Pass], weights: dict[str, float]
     ) -> dict[str, float]:
-        """Terms of every objective, real tokens, wishes to stop: of all workers, in one reduce."""
+        """Terms of every objective, real tokens, wishes to stop, own work: of all workers, in one
+        reduce."""
         names = [*weights, "tokens", "stop", "problem"]
-        sums = torch.zeros(len(names), dtype=torch.float64, device=self.device)
+        rank, size = world()
+        every = torch.zeros(len(names) + size, dtype=torch.float64, device=self.device)
+        sums = every[: len(names)]
         for each in passes:
             for name in each.names:
                 sums[names.index(name)] += getattr(self.settings.objectives, name).count(each.view)
@@ -234,8 +243,11 @@ class Loop:
         sums[-3] = sum(batch.real.sum() for batch in batches)
         sums[-2] = float(self.stop_requested())
         sums[-1] = float(problem is not None)
-        self.window.own += time.perf_counter() - self.began
-        counts = dict(zip(names, all_reduce_sums(sums).tolist(), strict=True))
+        every[len(names) + rank] = own = self.own_work.seconds()
+        self.window.own += own
+        reduced = all_reduce_sums(every).tolist()
+        counts = dict(zip(names, reduced, strict=False))
+        self._compare(reduced[len(names) :])
         if counts.pop("problem"):
             told = next(filter(None, all_gather_objects(problem)))
             raise UserError(f"{self.stage}, step {self.position.step}: {told}")
@@ -245,6 +257,14 @@ class Loop:
                 "whole global batch; every label is masked"
             )
         return counts
+
+    def _compare(self, own_work: list[float]) -> None:
+        """Name a worker that is slow."""
+        window = self.window
+        since = (time.perf_counter() - window.started) / max(window.steps, 1)
+        slow = self.stragglers.note(own_work, since)
+        if slow and world()[0] == 0:
+            self.say(f"{self.stage:<9} step {self.position.step}: {slow}")
 
     def _balanced(
         self, passes: list[Pass], counts: dict[str, float], weights: dict[str, float]
