@@ -5,7 +5,8 @@
 COMPLETE is written last and holds the sha256 of every other file: a checkpoint without it does not
 count, and a file that disagrees with it is not used. Tensors go through DCP
 (torch.distributed.checkpoint) and load on any number of ranks; state is JSON; nothing that is read
-can run code (see `safe_reader`). When to save is decided in `training`.
+can run code (see `safe_reader`). A `Saver` writes beside training. When to save is decided in
+`training`.
 """
 
 import json
@@ -14,7 +15,9 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import Future as Pending
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -22,13 +25,16 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from bitray import storage
+from bitray.retries import failing
 from bitray.safe_reader import (
     COMPLETE,
     METADATA,
@@ -46,10 +52,14 @@ from bitray.safe_reader import (
 from bitray.settings import UserError, nearest
 
 STATE = "state.json"
+LOOK_S = 0.2
+"""How often `Saver.ready` looks at the health of storage."""
 _STEP = re.compile(r"^step_(\d+)$")
 _OURS = re.compile(r"^(COMPLETE|state\.json|model|\.metadata(\.tmp)?|.*\.distcp|\..*\.tmp)$")
 
 T = TypeVar("T")
+Told = Callable[[str, str], None]
+"""Takes the directory and the reason of what is passed over."""
 
 
 # ----------------------------------------------------------------------------------------- saving
@@ -60,30 +70,108 @@ def save(
     tensors: dict[str, Any],
     state: Mapping[str, Any],
     files: Mapping[str, bytes] = MappingProxyType({}),
+    *,
+    permit: Callable[[], None] = lambda: None,
+    group: ProcessGroup | None = None,
 ) -> None:
-    """Write a checkpoint; collective over the default process group, if there is one.
+    """Write a checkpoint; collective over `group`, else over the default process group, if any.
 
     `tensors` is a nested dict whose leaves are Tensors or DTensors, `state` is JSON-able, `files`
     are small files such as "model/config.json"; rank 0's `state` and `files` count. What an earlier
     try left in `directory` is removed first. A remote directory is staged in a temporary folder of
-    each rank. When one rank fails, all raise, and there is no COMPLETE.
+    each rank. Rank 0 asks `permit`, which may raise, before anything goes and before COMPLETE is
+    written. When one rank fails, all raise, and there is no COMPLETE.
     """
 
     def prepare() -> dict[str, bytes]:
         flatten(tensors)
         if _rank() != 0:
             return {}
-        _clear(directory, files)
         text = json.dumps(state, indent=1)
-        return {STATE: text.encode(), **{relative_name(name): data for name, data in files.items()}}
+        small = {STATE: text.encode(), **{relative_name(k): data for k, data in files.items()}}
+        permit()
+        _clear(directory, files)
+        return small
 
-    small = _together(prepare)
+    def complete() -> None:
+        if _rank() == 0:
+            permit()
+            _complete(directory, written)
+
+    small = _together(prepare, group)
     with _stage(directory) as stage:
         with _dcp_errors(directory):
-            dcp.save(tensors, storage_writer=_Writer(stage), no_dist=not _distributed())
-        mine = _together(lambda: _publish(stage, directory, small))
-    written = _gather(mine)
-    _together(lambda: _complete(directory, written) if _rank() == 0 else None)
+            writer, alone = _Writer(stage), not _distributed()
+            dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=alone)
+        mine = _together(lambda: _publish(stage, directory, small), group)
+    written = _gather(mine, group)
+    _together(complete, group)
+
+
+class Saver:
+    """Saves checkpoints in a thread, so that training waits for a copy of the tensors alone.
+
+    One save is under way at a time; what went wrong with it is raised by the next call, on all
+    ranks. The thread has a process group of its own, since its collectives run beside training's.
+    Every rank makes one and makes the same calls.
+    """
+
+    def __init__(self, permit: Callable[[], None] = lambda: None) -> None:
+        self._permit = permit
+        self._group = dist.new_group(backend="gloo") if _distributed() else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Pending[None] | None = None
+        pinned = torch.cuda.is_available()
+        self._stager = DefaultStager(StagingOptions(pinned, False, False, pinned))
+
+    def save(
+        self,
+        directory: str,
+        tensors: dict[str, Any],
+        state: Mapping[str, Any],
+        files: Mapping[str, bytes] = MappingProxyType({}),
+        *,
+        before: Callable[[], None] = lambda: None,
+        after: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Begin a save; rank 0 calls `before` in the thread, and `after` once it is complete. Waits
+        for the save before this one, and raises what went wrong with it."""
+        self.wait()
+        flatten(tensors)
+        copies: Any = self._stager.stage(tensors)
+
+        def on_rank_zero(work: Callable[[], None]) -> None:
+            _together(lambda: work() if _rank() == 0 else None, self._group)
+
+        def write() -> None:
+            on_rank_zero(before)
+            save(directory, copies, state, files, permit=self._permit, group=self._group)
+            on_rank_zero(after)
+
+        self._pending = self._thread.submit(write)
+
+    def ready(self) -> bool:
+        """Whether a save would begin at once, after a wait as long as storage answers on all ranks;
+        False where some rank's thread is trying a call again."""
+        while self._pending is not None:
+            with suppress(TimeoutError):
+                self._pending.exception(timeout=LOOK_S)
+            if any(_gather(not self._pending.done() and failing() is not None)):
+                return False
+            if all(_gather(self._pending.done())):
+                break
+        return True
+
+    def wait(self) -> None:
+        """Until nothing is under way; raises what went wrong."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Let the thread go, without waiting for what is under way."""
+        self._thread.shutdown(wait=False)
+        self._stager.close()
 
 
 def flatten(tensors: Mapping[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
@@ -276,13 +364,18 @@ def verify(directory: str) -> str | None:
     return next((flaw for flaw in flaws if flaw), None)
 
 
-def newest_complete(root: str) -> str | None:
-    """The newest step under `root` that verifies; those passed over are warned of."""
+def warn(directory: str, reason: str) -> None:
+    """Say that a checkpoint cannot be used."""
+    warnings.warn(f"{reason}; looking for an earlier checkpoint", stacklevel=3)
+
+
+def newest_complete(root: str, told: Told = warn) -> str | None:
+    """The newest step under `root` that verifies; of those passed over somebody is `told`."""
     for directory in _steps(root):
         problem = verify(directory)
         if problem is None:
             return directory
-        warnings.warn(f"{problem}; looking for an earlier checkpoint", stacklevel=2)
+        told(directory, problem)
     return None
 
 
@@ -320,26 +413,30 @@ def _rank() -> int:
     return dist.get_rank() if _distributed() else 0
 
 
-def _gather(value: Any) -> list[Any]:
+def _gather(value: Any, group: ProcessGroup | None = None) -> list[Any]:
     """The value of each rank, in their order, on all ranks."""
     if not _distributed():
         return [value]
     values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
-def _together(work: Callable[[], T]) -> T:
+def _together(work: Callable[[], T], group: ProcessGroup | None = None) -> T:
     """Run `work` on each rank and wait for the others; when one fails, all raise."""
     try:
         result = work()
     except Exception as error:
-        _gather((f"{error}", isinstance(error, UserError)))
+        number = error.errno if isinstance(error, OSError) else None
+        _gather((f"{error}", isinstance(error, UserError), number), group)
         raise
-    for rank, sentence in enumerate(_gather(None)):
+    for rank, sentence in enumerate(_gather(None, group)):
         if sentence is not None:
-            text, by_user = sentence
-            raise UserError(text) if by_user else RuntimeError(f"on rank {rank}: {text}")
+            text, by_user, number = sentence
+            told = f"on rank {rank}: {text}"
+            if number is not None:
+                raise OSError(number, told)
+            raise UserError(text) if by_user else RuntimeError(told)
     return result
 
 

@@ -3,7 +3,8 @@
 A URI is a local path, `file://...`, `s3://bucket/key`, `gs://bucket/key`, or, to read only,
 `hf://datasets/OWNER/NAME[@REVISION]/path`; `AWS_ENDPOINT_URL` points at S3-compatible servers.
 What appears under its final name is whole: a local write is a temporary file in the same folder,
-fsync, rename, fsync of the folder; a remote object shows when it is closed.
+fsync, rename, fsync of the folder; a remote object shows when it is closed. Calls to object storage
+that fail are tried again (see `retries`).
 """
 
 import hashlib
@@ -13,23 +14,30 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from pyarrow import fs as pafs
 
+from bitray.retries import retried
 from bitray.settings import UserError, nearest
 
 SCHEMES = ("file", "s3", "gs", "hf")
 _CHUNK = 8 << 20
 _CONNECTIONS = 8
+_SETTLE_S = 1.0
+"""What two writers of the same remote object may lie apart and both still look whose it is."""
 _WILD = re.compile(r"[*?\[]")
 _TEMPORARY = re.compile(r"^\..*\.[0-9a-f]{16}\.tmp$")
+
+T = TypeVar("T")
 
 
 class FileInfo(NamedTuple):
@@ -73,14 +81,12 @@ def join(uri: str, *parts: str) -> str:
 
 def exists(uri: str) -> bool:
     """Whether there is a file or a folder; a remote folder exists as long as it holds something."""
-    filesystem, path = _locate(uri)
-    return filesystem.get_file_info(path).type != pafs.FileType.NotFound
+    return _about(uri).type != pafs.FileType.NotFound
 
 
 def info(uri: str) -> FileInfo | None:
     """Size and identity of one file; None where there is no file of that name."""
-    filesystem, path = _locate(uri)
-    found = filesystem.get_file_info(path)
+    found = _about(uri)
     return _describe(uri, found) if found.type == pafs.FileType.File else None
 
 
@@ -91,14 +97,13 @@ def list_files(uri_or_glob: str, suffixes: Sequence[str] = ()) -> list[FileInfo]
     files in it.
     Raises `UserError` where nothing of that name exists. Unfinished writes are not listed.
     """
-    filesystem, path = _locate(uri_or_glob)
-    here = filesystem.get_file_info(path)
+    here = _about(uri_or_glob)
     if here.type == pafs.FileType.File:
         found = [here]
     elif here.type == pafs.FileType.Directory:
-        found = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
-    elif _WILD.search(path):
-        found = _glob(filesystem, uri_or_glob, path)
+        found = _below(uri_or_glob, recursive=True)
+    elif _WILD.search(here.path):
+        found = _asked(uri_or_glob, lambda fs, path: _glob(fs, uri_or_glob, path))
     else:
         raise _missing(uri_or_glob)
     files = [
@@ -111,9 +116,7 @@ def list_files(uri_or_glob: str, suffixes: Sequence[str] = ()) -> list[FileInfo]
 
 def list_dirs(uri: str) -> list[str]:
     """The folders directly below `uri`, sorted; none where `uri` does not exist."""
-    filesystem, path = _locate(uri)
-    below = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
-    names = [one.base_name for one in below if one.type == pafs.FileType.Directory]
+    names = [one.base_name for one in _below(uri) if one.type == pafs.FileType.Directory]
     return [join(uri, name) for name in sorted(names)]
 
 
@@ -126,7 +129,8 @@ def open_input(uri: str) -> io.BufferedReader:
     try:
         if isinstance(filesystem, pafs.LocalFileSystem):
             return open(path, "rb")
-        return io.BufferedReader(filesystem.open_input_file(path), _CHUNK)
+        opened = _asked(uri, lambda fs, path: fs.open_input_file(path))
+        return io.BufferedReader(_RemoteFile(uri, opened), _CHUNK)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise _missing(uri) from None
 
@@ -178,6 +182,23 @@ def write_bytes(uri: str, data: bytes) -> None:
     _store(io.BytesIO(data), uri)
 
 
+def create(uri: str, data: bytes) -> bool:
+    """Write a file unless there is one of that name; whether it is ours now.
+
+    Locally a matter of one atomic link. Of a remote object the last writer stays, so after a moment
+    we look whether it is still ours: two that begin within that moment are told apart, and one that
+    lost longer than that between looking and writing takes the name from who thought to have it.
+    """
+    filesystem, path = _locate(_writable(uri))
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        return _link(Path(path), data)
+    if exists(uri):
+        return False
+    write_bytes(uri, data)
+    time.sleep(_SETTLE_S)
+    return read_bytes(uri) == data
+
+
 def write_text(uri: str, text: str) -> None:
     """Write a UTF-8 file whole or not at all."""
     write_bytes(uri, text.encode())
@@ -206,11 +227,11 @@ def remove(uri: str) -> None:
     if isinstance(filesystem, pafs.LocalFileSystem):
         _remove_local(Path(path))
         return
-    match filesystem.get_file_info(path).type:
+    match _about(uri).type:
         case pafs.FileType.File:
-            filesystem.delete_file(path)
+            _asked(uri, lambda fs, path: fs.delete_file(path))
         case pafs.FileType.Directory:
-            filesystem.delete_dir(path)
+            _asked(uri, lambda fs, path: fs.delete_dir(path))
 
 
 def sync_folder(path: str | Path) -> None:
@@ -223,6 +244,40 @@ def sync_folder(path: str | Path) -> None:
 
 
 # ------------------------------------------------------------------------------------- inner parts
+
+
+class _RemoteFile(io.RawIOBase):
+    """A remote file whose reads are tried again; every read names its place, so none depends on
+    the one before."""
+
+    def __init__(self, uri: str, file: Any) -> None:
+        self._uri, self._file, self._at = uri, file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at}.get(whence)
+        self._at = offset + (self._file.size() if base is None else base)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        count = min(len(buffer), max(0, self._file.size() - self._at))
+        found = retried(self._uri, lambda: self._file.read_at(count, self._at)) if count else b""
+        buffer[: len(found)] = found
+        self._at += len(found)
+        return len(found)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
 
 
 def _split(uri: str) -> tuple[str, str]:
@@ -265,13 +320,33 @@ def _locate(uri: str) -> tuple[pafs.FileSystem, str]:
             return pafs.LocalFileSystem(), path
 
 
+def _asked(uri: str, call: Callable[[pafs.FileSystem, str], T]) -> T:
+    """What the file system of `uri` answers; object storage is asked again where it fails."""
+    filesystem, path = _locate(uri)
+    if isinstance(filesystem, pafs.S3FileSystem | pafs.GcsFileSystem):
+        return retried(uri, lambda: call(filesystem, path))
+    return call(filesystem, path)
+
+
+def _about(uri: str) -> pafs.FileInfo:
+    return _asked(uri, lambda fs, path: fs.get_file_info(path))
+
+
+def _below(uri: str, recursive: bool = False) -> list[pafs.FileInfo]:
+    def listed(filesystem: pafs.FileSystem, path: str) -> list[pafs.FileInfo]:
+        wanted = pafs.FileSelector(path, allow_not_found=True, recursive=recursive)
+        return filesystem.get_file_info(wanted)
+
+    return _asked(uri, listed)
+
+
 @lru_cache
 def _s3(bucket: str, endpoint: str | None, region: str | None) -> pafs.FileSystem:
     options: dict[str, Any] = {
         "connect_timeout": 10,
         "request_timeout": 60,
         "allow_delayed_open": True,  # a small object is one request instead of three
-        "retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=8),
+        "retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=5),
     }
     if endpoint:
         server = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
@@ -334,14 +409,33 @@ def _missing(uri: str) -> UserError:
 def _store(source: io.BufferedIOBase, uri: str) -> None:
     filesystem, path = _locate(_writable(uri))
     if isinstance(filesystem, pafs.LocalFileSystem):
-        _replace(Path(path), source)
+        with _temporary(Path(path), source) as temporary:
+            os.replace(temporary, path)
         return
-    # By default pyarrow compresses what is called `.gz` or `.zst`, a second time.
-    with filesystem.open_output_stream(path, compression=None) as sink:
-        shutil.copyfileobj(source, sink, _CHUNK)
+
+    def put(filesystem: pafs.FileSystem, path: str) -> None:
+        source.seek(0)
+        # By default pyarrow compresses what is called `.gz` or `.zst`, a second time.
+        with filesystem.open_output_stream(path, compression=None) as sink:
+            shutil.copyfileobj(source, sink, _CHUNK)
+
+    _asked(uri, put)
 
 
-def _replace(path: Path, source: io.BufferedIOBase) -> None:
+def _link(path: Path, data: bytes) -> bool:
+    with _temporary(path, io.BytesIO(data)) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink()
+    return True
+
+
+@contextmanager
+def _temporary(path: Path, source: io.BufferedIOBase) -> Iterator[Path]:
+    """A durable file beside `path` with the content of `source`, which is to become `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
@@ -349,7 +443,7 @@ def _replace(path: Path, source: io.BufferedIOBase) -> None:
             shutil.copyfileobj(source, sink, _CHUNK)
             sink.flush()
             os.fsync(sink.fileno())
-        os.replace(temporary, path)
+        yield temporary
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

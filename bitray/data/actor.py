@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import ray
 from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bitray import storage
 from bitray.data.mixture import Fenced, Mixture, StageMixture
 from bitray.data.plan import SourceSize
+from bitray.lease import Claim
 from bitray.settings import UserError, nearest
 
 PATIENCE_S = 30.0
@@ -25,14 +27,17 @@ PREPARED = "prepared"
 """File beside the stages' that says what may be planned of the data."""
 
 
-def mixture_actor(name: str, directory: str) -> Any:
+def mixture_actor(name: str, directory: str, claim: Claim | None = None) -> Any:
     """Handle of the run's `MixtureActor`, started if need be; it lives while a driver holds it.
 
     A name may still belong to an actor that is going, if its last handle was dropped just now; then
     another is started as soon as the name is free.
     """
+    node = ray.get_runtime_context().get_node_id()
     options = {
         "num_cpus": 0,
+        # where the driver is: nodes that come and go do not take it with them
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
         "max_restarts": -1,
         "max_task_retries": -1,
         "max_concurrency": 1000,  # calls wait side by side, one for each reader of each stage
@@ -40,7 +45,7 @@ def mixture_actor(name: str, directory: str) -> Any:
     actor: Any = ray.remote(MixtureActor).options(name=name, get_if_exists=True, **options)
     patience = time.monotonic() + PATIENCE_S
     while True:
-        handle = actor.remote(directory)
+        handle = actor.remote(directory, claim)
         try:
             ray.get(handle.ready.remote())
             return handle
@@ -54,11 +59,12 @@ class MixtureActor:
     """The mixtures of a run's stages, by name, kept at `directory/{stage}.json`.
 
     Streams ask it to `plan`; the training loop tells it decisions and asks it for the state of
-    checkpoints; whoever prepares the data tells it how far that has come.
+    checkpoints; whoever prepares the data tells it how far that has come. It writes under the lease
+    that `claim` is of, and no more once that is taken over.
     """
 
-    def __init__(self, directory: str) -> None:
-        self._directory = directory
+    def __init__(self, directory: str, claim: Claim | None = None) -> None:
+        self._directory, self._claim = directory, claim
         self._mixtures: dict[str, Mixture] = {}
         self._awaiting: dict[str, tuple[StageMixture, int]] = {}
         """Stage and generation, where the cursors are those at the end of another stage."""
@@ -96,7 +102,9 @@ class MixtureActor:
             )
         else:
             earlier = self._mixtures.get(name)
-            self._mixtures[name] = Mixture.opened(stage, generation, state, earlier=earlier)
+            self._mixtures[name] = Mixture.opened(
+                stage, generation, state, earlier=earlier, epoch=self._epoch
+            )
             self._awaiting.pop(name, None)
         await self._changed_and_saved(name)
         return generation
@@ -194,6 +202,10 @@ class MixtureActor:
 
     # ------------------------------------------------------------------------------- keeping
 
+    @property
+    def _epoch(self) -> int:
+        return self._claim.epoch if self._claim else 0
+
     def _generation(self, name: str) -> int:
         if name in self._mixtures:
             return self._mixtures[name].generation
@@ -232,7 +244,9 @@ class MixtureActor:
         # From here on nothing may move that end any more.
         before.reserve(before.stage.end)
         self._save(stage.after)
-        self._mixtures[name] = Mixture.opened(stage, generation, None, before.continued(stage))
+        self._mixtures[name] = Mixture.opened(
+            stage, generation, None, before.continued(stage), epoch=self._epoch
+        )
         del self._awaiting[name]
         self._save(name)
         return self._mixtures[name]
@@ -251,14 +265,20 @@ class MixtureActor:
         else:
             stage, generation = self._awaiting[name]
             values = {"stage": stage.to_json(), "generation": generation, "journal": []}
-        storage.write_json(self._file(name), values)
+        self._write(self._file(name), values | {"epoch": self._epoch})
+
+    def _write(self, uri: str, values: Mapping[str, Any]) -> None:
+        if self._claim:
+            self._claim.check()
+        storage.write_json(uri, values)
 
     def _load(self, uri: str) -> None:
         name = uri.rsplit("/", 1)[-1].removesuffix(".json")
         values = storage.read_json(uri)
         stage = self._grown(StageMixture.from_json(values["stage"]))
         if values["journal"]:
-            self._mixtures[name] = Mixture.from_json(values | {"stage": stage.to_json()})
+            here = {"stage": stage.to_json(), "epoch": self._epoch}
+            self._mixtures[name] = Mixture.from_json(values | here)
         else:
             self._awaiting[name] = (stage, values["generation"])
 
@@ -268,7 +288,7 @@ class MixtureActor:
 
     def _save_sizes(self) -> None:
         values = {"sizes": self._sizes, "ended": self._ended}
-        storage.write_json(storage.join(self._directory, PREPARED), values)
+        self._write(storage.join(self._directory, PREPARED), values)
 
     def _load_sizes(self) -> None:
         values = storage.read_json(storage.join(self._directory, PREPARED))

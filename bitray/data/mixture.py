@@ -108,9 +108,13 @@ class _Phase(NamedTuple):
 class Mixture:
     """One stage's journal, and which rows may be planned by it."""
 
-    def __init__(self, stage: StageMixture, generation: int, journal: list[Entry]) -> None:
+    def __init__(
+        self, stage: StageMixture, generation: int, journal: list[Entry], epoch: int = 0
+    ) -> None:
         self.stage = stage
         self.generation = generation
+        self.epoch = epoch
+        """Of the lease of the driver that this was opened for; entries are recorded under it."""
         self.reserved = 0
         """Rows before this may have been handed out; without gates nothing changes before it."""
         self.plan = _planned(stage, journal)
@@ -123,7 +127,9 @@ class Mixture:
         generation: int,
         state: Mapping[str, Any] | None,
         cursors: Mapping[str, int] | None = None,
+        *,
         earlier: "Mixture | None" = None,
+        epoch: int = 0,
     ) -> "Mixture":
         """The mixture at the start of a group of workers: from a checkpoint's state, else fresh.
 
@@ -132,14 +138,14 @@ class Mixture:
         """
         if state is None:
             begin = opening(stage.sizes, stage.weights, cursors or stage.cursors)
-            return cls(stage, generation, [begin])
+            return cls(stage, generation, [replace(begin, epoch=epoch)], epoch)
         _check(stage, state)
         journal = [Entry.from_json(entry) for entry in state["journal"]]
         if earlier is not None and stage.period is None:
             found = list(earlier.plan.journal)
             if found[: len(journal)] == journal:
                 journal = found
-        mixture = cls(stage, generation, journal)
+        mixture = cls(stage, generation, journal, epoch)
         mixture.reserved = state["next_row"]
         return mixture
 
@@ -251,6 +257,7 @@ class Mixture:
         before = [e for e in self.plan.journal if e.first_row < row or PHASE not in e.notes]
         plan = _planned(self.stage, before)
         entry = plan.decide(step, row, weights, written, self.stage.bounds)
+        entry = replace(entry, epoch=self.epoch)
         self.plan = plan.extended(entry)
         self._advance()
         return entry
@@ -286,7 +293,7 @@ class Mixture:
             decided = max(-1, phase.step - self.stage.lead)
             notes = {PHASE: phase.number}
             entry = self.plan.decide(decided, phase.first_row, phase.weights, notes)
-            self.plan = self.plan.extended(entry)
+            self.plan = self.plan.extended(replace(entry, epoch=self.epoch))
 
     # --------------------------------------------------------------------------------- state
 
@@ -317,6 +324,7 @@ class Mixture:
         return {
             "stage": self.stage.to_json(),
             "generation": self.generation,
+            "epoch": self.epoch,
             "reserved": self.reserved,
             "journal": [entry.to_json() for entry in self.plan.journal],
         }
@@ -325,7 +333,8 @@ class Mixture:
     def from_json(cls, values: Mapping[str, Any]) -> "Mixture":
         """What `to_json` wrote."""
         journal = [Entry.from_json(entry) for entry in values["journal"]]
-        mixture = cls(StageMixture.from_json(values["stage"]), values["generation"], journal)
+        stage = StageMixture.from_json(values["stage"])
+        mixture = cls(stage, values["generation"], journal, values.get("epoch", 0))
         mixture.reserved = values["reserved"]
         return mixture
 

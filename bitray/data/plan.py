@@ -80,6 +80,8 @@ class Entry:
     """Rows, in multiples of 1 / WHOLE, that each source is owed at `first_row`."""
     notes: dict[str, Any] = field(default_factory=dict)
     """Scores and the like, for people and for whoever decided."""
+    epoch: int = field(default=0, compare=False)
+    """Of the lease under which it was recorded."""
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary that `from_json` reads back."""

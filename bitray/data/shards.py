@@ -20,6 +20,7 @@ from jaxtyping import Int
 from bitray import storage
 from bitray.data.manifest import Manifest, Shard, SplitName, digest, read_manifest
 from bitray.data.packing import PackedRows, Row
+from bitray.retries import StorageGone
 from bitray.settings import UserError
 
 GROUP_TOKENS = 1 << 20
@@ -161,6 +162,8 @@ class Shards:
         try:
             with storage.open_input(storage.join(self.root_uri, shard.name)) as data:
                 found = hashlib.file_digest(data, "sha256").hexdigest()
+        except StorageGone:
+            raise
         except UserError as error:
             raise self._damaged(shard.name, str(error)) from None
         if found != shard.sha256:

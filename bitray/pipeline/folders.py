@@ -64,10 +64,10 @@ def predecessor(config: Config, stage: str) -> str | None:
     return named_checkpoint(config, stage) or config.model.path
 
 
-def resume_point(config: Config, stage: str) -> str | None:
+def resume_point(config: Config, stage: str, told: checkpoint.Told = checkpoint.warn) -> str | None:
     """The checkpoint inside the stage that it continues from: its own newest whole one, else the
-    one that was named (or that RESUME_CHECKPOINT names), else None."""
-    own = checkpoint.newest_complete(StageFolder(config.run_dir, stage).root)
+    one that was named (or that RESUME_CHECKPOINT names), else None; of newer ones `told`."""
+    own = checkpoint.newest_complete(StageFolder(config.run_dir, stage).root, told)
     named = named_checkpoint(config, stage)
     return own or (named if named and stage_of(named) == stage else None)
 

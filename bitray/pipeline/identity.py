@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from bitray import storage
+from bitray.events import Events
 from bitray.pipeline.config import Config
 from bitray.settings import UserError
 from bitray.training.teacher_settings import PLACEMENT
 
 _ELSEWHERE = {
     "output_dir", "experiment", "logging", "report", "export", "resume", "scaling", "gpu",
+    "cost", "probe",
 }  # fmt: skip
 """Settings that change where things go or who computes them, not what is computed."""
 _BESIDE = {
@@ -48,32 +50,47 @@ def fingerprint(settings: dict[str, Any], data: Mapping[str, Mapping[str, str]])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def claim(config: Config, data: Mapping[str, Mapping[str, str]]) -> str:
+def claim(
+    config: Config, data: Mapping[str, Mapping[str, str]], events: Events | None = None
+) -> str:
     """Write the run's identity into its folder, or check that the folder holds this very run.
 
-    Another run's folder is refused with the differences, unless `resume.fork=true`. Different
-    versions of code are recorded and said, not refused. Returns the fingerprint.
+    Another run's folder is refused with the differences, unless `resume.fork=true`, which begins
+    another lineage in it. Different versions of code and sources that are not committed are
+    recorded and said, not refused. Returns the fingerprint.
     """
     uri = storage.join(config.run_dir, FILE)
     settings = mathematical_settings(config)
-    here = {
+    found = environment()
+    here: dict[str, Any] = {
         "fingerprint": fingerprint(settings, data),
         "settings": settings,
         "data": data,
-        "environment": environment(),
+        "environment": found,
+        "lineage": 1,
     }
-    begun = bool(storage.list_dirs(config.run_dir))  # else nothing came of it that could be lost
-    if begun and storage.exists(uri):
+    notes = []
+    stages = [one for one in storage.list_dirs(config.run_dir) if one.endswith("_checkpoint")]
+    if stages and storage.exists(uri):  # else nothing came of it that could be lost
         there = storage.read_json(uri)
+        here["lineage"] = there.get("lineage", 1)
         if there["fingerprint"] != here["fingerprint"] and not config.resume.fork:
             changed = differences(
                 {"prepared rows": there["data"], **there["settings"]},
                 {"prepared rows": data, **settings},
             )
             raise UserError(_refusal(config.run_dir, changed))
-        for name, version in differences(there["environment"], here["environment"]).items():
-            print(f"note: {name} was {version[0]!r} when this run began and is {version[1]!r} now")
+        here["lineage"] += there["fingerprint"] != here["fingerprint"]
+        for name, version in differences(there["environment"], found).items():
+            notes.append(f"{name} was {version[0]!r} when this run began and is {version[1]!r} now")
+    if found["dirty"] == "True":
+        notes.append("the sources are not committed; their hash is in " + uri)
+    for note in notes:
+        print(f"note: {note}")
     storage.write_json(uri, here)
+    if events:
+        known = ("fingerprint", "lineage", "environment")
+        events.write("start", notes=notes, **{name: here[name] for name in known})
     storage.write_text(storage.join(config.run_dir, "config.yaml"), config.dump())
     return str(here["fingerprint"])
 

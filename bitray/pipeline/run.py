@@ -1,19 +1,28 @@
 """`run(config)`: the whole road, from text to an exported ternary model."""
 
-from collections.abc import Mapping, Sequence
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import ray
 from ray.util.queue import Queue
 
-from bitray import storage
+from bitray import lease, storage
 from bitray.data.actor import mixture_actor
 from bitray.data.job import inputs_of
 from bitray.data.manifest import Manifest, digest
+from bitray.events import FOLDER, Events
+from bitray.lease import Claim
 from bitray.pipeline.batch_size import sized
+from bitray.pipeline.cli import causes, sentence
+from bitray.pipeline.cluster import preflight
 from bitray.pipeline.config import Config, Scaling
 from bitray.pipeline.console import console
+from bitray.pipeline.cost import ESTIMATE, Expected, dump
 from bitray.pipeline.finish import Result, finish
 from bitray.pipeline.fit import check_enough, fit, groups, grown, reserved_cpus, streams
 from bitray.pipeline.folders import skipped_by_name, stage_folder
@@ -26,11 +35,17 @@ from bitray.pipeline.material import (
     prepared_beside,
     tokenizer_of,
 )
-from bitray.pipeline.plan import check_model, check_resources, outline, resources
+from bitray.pipeline.plan import check_model, check_resources, expected, outline, resources
 from bitray.pipeline.report import Table
+from bitray.pipeline.saving import STOP
 from bitray.pipeline.session import ray_session
-from bitray.pipeline.worker import STOP, Job
+from bitray.pipeline.worker import Job
+from bitray.retries import patient
 from bitray.settings import UserError
+from bitray.training import goodput
+
+START_PATIENCE_S = 15.0
+"""Before anything has begun, storage that does not answer is a wrong address."""
 
 
 def run(config: Config) -> Result:
@@ -39,26 +54,78 @@ def run(config: Config) -> Result:
     The same configuration again continues where it stopped, or says where its result lies.
     `UserError` for anything that the user can put right, as early as it can be known.
     """
-    config = located(config)
+    began, config = time.time(), located(config)
     inputs_of(config.data)
-    check_model(config, outline(config), named_tokenizer(config))
-    with ray_session():
-        check_resources(config, resources())
-        material = Material(config, tokenizer_of(config))
-        if config.resume.fresh:
-            _check_held_out(material.open())  # nothing goes for a run that cannot begin
-            storage.remove(config.run_dir)
-        parts = {str(kind): job.parts for kind, job in material.jobs.items()}
-        fingerprint = claim(config, parts)
-        with stoppable(config.run_dir), console() as lines:
-            stopped = train(config, material, fingerprint, lines)
-        if stopped:
-            said = f"stopped in {stopped}; the same command continues it"
-            return Result(config.run_dir, stopped=True, lines=[said])
-        return finish(config, fingerprint)
+    model = outline(config)
+    wanted = expected(config, model)
+    check_model(config, model, named_tokenizer(config))
+    with (
+        patient(START_PATIENCE_S),
+        lease.held(config.run_dir) as held,
+        patient(config.resume.storage_patience),
+        audited(held) as events,
+        ray_session(),
+    ):
+        return _run(config, held, events, wanted, began)
 
 
-def train(config: Config, material: Material, fingerprint: str, lines: Queue) -> str | None:
+def _run(
+    config: Config, held: Claim, events: Events, wanted: Mapping[str, Expected], began: float
+) -> Result:
+    check_resources(config, resources())
+    preflight(config)
+    material = Material(config, tokenizer_of(config))
+    if config.resume.fresh:
+        _check_held_out(material.open())  # nothing goes for a run that cannot begin
+        _clear(config.run_dir)
+        events.write("fresh")
+    parts = {str(kind): job.parts for kind, job in material.jobs.items()}
+    fingerprint = claim(config, parts, events)
+    goodput.begin(config.run_dir, began)
+    estimate = storage.join(config.run_dir, ESTIMATE)
+    if config.probe or not storage.exists(estimate):
+        storage.write_json(estimate, dump(wanted))
+    with stoppable(config.run_dir), console() as lines:
+        stopped = train(config, material, fingerprint, lines, held)
+    held.check()
+    if stopped:
+        events.write("stop", stage=stopped)
+        said = f"stopped in {stopped}; the same command continues it"
+        return Result(config.run_dir, stopped=True, lines=[said])
+    result = finish(config, fingerprint)
+    events.write("end")
+    return result
+
+
+@contextmanager
+def audited(held: Claim) -> Iterator[Events]:
+    """The driver's events; how it fails is one of them. An attempt is an epoch of the lease."""
+    events = Events(held, "driver")
+    job = os.environ.get("RAY_JOB_SUBMISSION_ID") or os.environ.get("RAY_JOB_ID")
+    events.write("lease", host=socket.gethostname(), pid=os.getpid(), submission=job)
+    try:
+        yield events
+    except BaseException as error:
+        told = str(next(filter(None, map(sentence, causes(error))), repr(error)))
+        with suppress(OSError, UserError):
+            events.write("failed", reason=told)
+        raise
+    finally:
+        events.close()
+
+
+def _clear(run_dir: str) -> None:
+    """Remove all that a run left, but who held it and what was done to it."""
+    top = storage.absolute(run_dir)
+    files = storage.list_files(run_dir) if storage.exists(run_dir) else []
+    names = {one.uri.removeprefix(top).strip("/").split("/")[0] for one in files}
+    for name in names - {lease.FOLDER, FOLDER}:
+        storage.remove(storage.join(run_dir, name))
+
+
+def train(
+    config: Config, material: Material, fingerprint: str, lines: Queue, held: Claim
+) -> str | None:
     """Train the stages that are not complete, beside the preparation of what they need later; the
     one in which somebody stopped, or None."""
     if not config.resume.skip_completed:
@@ -80,12 +147,13 @@ def train(config: Config, material: Material, fingerprint: str, lines: Queue) ->
     manifests = material.open()
     _check_held_out(manifests)
     config = sized(config, pending)
-    name = f"bitray-mixture-{digest([config.run_dir, fingerprint])[:16]}"
+    name = f"bitray-mixture-{digest([config.run_dir, fingerprint, str(held.epoch)])[:16]}"
     flows = streams(config, manifests, material.folders, name)
     check_enough(flows)
-    actor = mixture_actor(name, storage.join(config.run_dir, "mixture"))
+    actor = mixture_actor(name, storage.join(config.run_dir, "mixture"), held)
+    tokenizer, folders = material.tokenizer, material.folders
     jobs = [
-        (Job(config, stages, fingerprint, material.tokenizer, material.folders, flows, lines), how)
+        (Job(config, stages, fingerprint, tokenizer, folders, flows, lines, held), how)
         for how, stages in groups(config, pending)
     ]
     try:

@@ -1,5 +1,6 @@
 """What one Ray Train worker does: the stages it was given, one after the other, in one group."""
 
+import errno
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.queue import Queue
 from transformers import PreTrainedModel
 
@@ -21,6 +23,7 @@ from bitray.data.shards import Shards, held_out
 from bitray.data.stream import DataEnded, TicketStream, worker_batches
 from bitray.data.weights import UNIT
 from bitray.inference.evaluation import evaluate
+from bitray.lease import Claim
 from bitray.models.batch import Batch
 from bitray.models.convert import is_bitnet, to_bitnet
 from bitray.models.isolation import check_documents_isolated
@@ -39,8 +42,10 @@ from bitray.models.low_rank import (
 )
 from bitray.models.mask_token import add_mask_token, mask_token_id
 from bitray.nn import LowRank
-from bitray.pipeline.config import Config
+from bitray.pipeline.cluster import room_for_another
+from bitray.pipeline.config import Config, Scaling
 from bitray.pipeline.console import Say, speaking
+from bitray.pipeline.faults import OUT_OF_MEMORY, Hung, account, is_out_of_memory
 from bitray.pipeline.folders import (
     StageFolder,
     original,
@@ -51,9 +56,13 @@ from bitray.pipeline.folders import (
 from bitray.pipeline.material import RowKind
 from bitray.pipeline.remix import few_updates, remixing
 from bitray.pipeline.remote_teacher import RemoteTeacher, pool, served
-from bitray.pipeline.sinks import sinks_of
+from bitray.pipeline.saving import STOP, Checkpoints, Rewind, Watch
+from bitray.pipeline.sinks import RayMetrics, run_name, sinks_of
+from bitray.retries import patient
 from bitray.settings import UserError
-from bitray.training import state
+from bitray.training import goodput, state
+from bitray.training.flops import flops_per_token
+from bitray.training.goodput import Clock, Ledger
 from bitray.training.influence import Influence
 from bitray.training.loop import Every, Loop, autocast_for, mean_loss, seed_of
 from bitray.training.metrics import Sink
@@ -61,10 +70,10 @@ from bitray.training.parallel import from_rank_zero, parallelize, world
 from bitray.training.state import Position
 from bitray.training.teacher import Teacher, open_teacher
 from bitray.training.teacher_settings import Actors, Server
+from bitray.training.watch import Watchdog
 
-STOP = "STOP"
-"""File in the run's folder whose presence asks the workers to stop after the step."""
-STOP_SECONDS = 1.0
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What trying again does not help against."""
 EVALUATIONS = "evaluations.json"
 ORIGINAL, CONVERTED = "original", "converted"
 """Evaluations that belong to no stage: the pretrained model, and its ternary self untrained."""
@@ -85,20 +94,40 @@ class Job:
     streams: dict[str, TicketStream]
     lines: Queue
     """What is said there is printed by the driver."""
+    claim: Claim
+    """The lease that all of them write under."""
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
     """Entry point of `TorchTrainer`. What a user can put right is returned, not raised: starting
-    the worker group again would not help."""
+    the worker group again would not help. `again`: others are to go on at once."""
     job: Job = arguments["job"]
-    with speaking(job.lines) as say:
+    uri = storage.join(job.config.run_dir, OUT_OF_MEMORY)
+    if from_rank_zero(partial(storage.exists, uri)):
+        return {"out_of_memory": storage.read_json(uri)}
+    clock = Clock()
+    ledger = Ledger(job.config.run_dir, clock) if world()[0] == 0 else None
+    with speaking(job.lines) as say, patient(job.config.resume.storage_patience):
         try:
             for name in job.stages:
-                stage = Stage(job, name, ray.train.torch.get_device(), say)
+                stage = Stage(job, name, ray.train.torch.get_device(), say, clock, ledger)
                 if not stage.folder.complete and not stage.run():
-                    return {"stopped": name}
+                    asked = storage.exists(storage.join(job.config.run_dir, STOP))
+                    return {"stopped" if asked else "again": name}
+        except Rewind:
+            raise
         except (UserError, FloatingPointError) as error:
             return {"error": str(error)}
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            told = f"{job.config.run_dir}: {error.strerror}"
+            return {"error": f"{told}; make room, and the same command continues"}
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):  # raised, so that no other worker waits for this one
+                peak = peak_memory_gb(ray.train.torch.get_device())
+                storage.write_json(uri, account(name, error, peak))
+            raise
     return {}
 
 
@@ -110,6 +139,10 @@ class Stage:
     name: str
     device: torch.device
     say: Say
+    clock: Clock
+    """Where this worker's time goes."""
+    ledger: Ledger | None
+    """Keeps the clock of rank 0."""
     files: dict[str, bytes] = field(init=False)
     """What describes the model in every checkpoint."""
     influence: Influence | None = None
@@ -119,6 +152,9 @@ class Stage:
         self.settings = self.config.stages[self.name]
         self.folder = StageFolder(self.config.run_dir, self.name)
         self.autocast = autocast_for(self.device, self.settings.precision)
+        self.checkpoints = Checkpoints(
+            self.folder, self.job.claim, self.settings.keep_last, self.say
+        )
         self.shards = _shards(self.job.prepared[RowKind.of(self.settings)])
         longest = _shards(self.job.prepared[max(self.job.prepared)])
         # Of the longest rows in the run, so that the losses of its stages compare.
@@ -146,8 +182,30 @@ class Stage:
         self.files = model_files(model, tokenizer)
         wrapped = LossModel(model, self.settings.logits_chunk).to(self.device)
         check_documents_isolated(model, self.device)
-        parallelize(wrapped, self.settings, self.device)
-        loop = self.loop(wrapped, strength)
+        scaling = self.config.scaling_of(self.name)
+        parallelize(wrapped, self.settings, self.device, scaling.sharding == "hybrid")
+        loop, watch = self.loop(wrapped, strength), Watch(self.job.claim)
+        # What `ray.train.get_preemption_info()` gives, which is a collective through an actor.
+        notice = get_train_context().preemption_context
+        loop.stop_requested = lambda: watch.stop or notice.preemption_info is not None
+        asked = loop.problem_with
+        loop.problem_with = lambda batches: watch.problem or asked(batches)
+        try:
+            self.train(loop)
+            if not loop.stopped:
+                self.finish(loop)
+            self.checkpoints.wait()
+        except FloatingPointError as error:
+            self.checkpoints.once_more(loop, error)
+        finally:
+            watch.close()
+            self.checkpoints.close()
+        for sink in loop.sinks:
+            sink.close()
+        return not loop.stopped
+
+    def train(self, loop: Loop) -> None:
+        """The steps that are left."""
         if not loop.at_end:
             tickets = worker_batches(
                 ray.train.get_dataset_shard(self.name),
@@ -157,23 +215,26 @@ class Stage:
             )
             remote = loop.teacher if isinstance(loop.teacher, RemoteTeacher) else None
             asked = remote.asked(tickets) if remote else tickets
+            watchdog = Watchdog(
+                self.config.scaling_of(self.name).hang_seconds,
+                Hung(self.config.run_dir, self.name, self.say),
+            )
+            around = Every(1, watchdog.ended), Every(1, watchdog.begins)
+            loop.hooks = [around[0], *loop.hooks, around[1]]
             try:
                 loop.run(asked)
             except DataEnded:  # preparing it has failed, or was stopped as this is
                 loop.stopped = True
+                self.checkpoints.wait()
                 here = self.folder.step(loop.position.step)
                 if loop.position.step and not from_rank_zero(lambda: checkpoint.is_complete(here)):
                     self.on_save(loop)
             finally:
+                watchdog.close()
                 if remote:
                     remote.close()
             asked.close()
             tickets.close()
-        if not loop.stopped:
-            self.finish(loop)
-        for sink in loop.sinks:
-            sink.close()
-        return not loop.stopped
 
     # ---------------------------------------------------------------------------- beginning
 
@@ -238,9 +299,16 @@ class Stage:
         settings = self.settings
         optimizer = settings.optimizer.build(model)
         position, data = Position(strength=strength, initial_strength=strength), None
-        found = from_rank_zero(lambda: resume_point(self.config, self.name))
+        found = from_rank_zero(
+            lambda: resume_point(self.config, self.name, self.checkpoints.pass_over)
+        )
         if found:
             position, data = state.resume(found, model, optimizer, settings.resume)
+        self.checkpoints.note(
+            "resume", step=position.step, directory=found, data_step=data["step"] if data else 0,
+            workers=world()[1], log_every=settings.log_every,
+            prepared=self.job.prepared[RowKind.of(settings)],
+        )  # fmt: skip
         loop = Loop(
             stage=self.name,
             model=model,
@@ -251,14 +319,17 @@ class Stage:
             teacher=self.teacher(model.model.config.vocab_size),
             position=position,
             hooks=[
-                Every(settings.eval_every, self.on_evaluate),
-                Every(settings.save_every, self.on_save),
+                Every(settings.eval_every, self.on_evaluate, "evaluation"),
+                Every(settings.save_every, self.on_save, "checkpoint"),
                 Every(settings.log_every, self.on_log),
             ],
             sinks=self.sinks(found, position),
-            stop_requested=_stop_flag(self.config.run_dir),
+            say=self.say,
             data_step=data["step"] if data else 0,
             sources=tuple(self.config.data.sources),
+            clock=self.clock,
+            mfu_per_rate=self.mfu_per_rate(model),
+            on_worker=self.on_worker(),
         )
         weights = partial(from_rank_zero, self.weights)
         self.influence = remixing(
@@ -275,7 +346,7 @@ class Stage:
             if data and found:
                 self.influence.resume(loop, checkpoint.load_state(found)["influence"])
             # first: a decision has to be taken before a checkpoint of the same step
-            loop.hooks = [Every(1, self.influence), *loop.hooks]
+            loop.hooks = [Every(1, self.influence, "influence"), *loop.hooks]
         return loop
 
     def decided(
@@ -290,6 +361,7 @@ class Stage:
                 ray.get(actor.set_weights.remote(self.name, step, weights, notes))
             except UserError as error:
                 return str(getattr(error, "cause", error))  # without Ray's account of where
+            self.checkpoints.note("decision", step=step, weights=weights and dict(weights))
             return None
 
         if reason := from_rank_zero(refused):
@@ -310,12 +382,33 @@ class Stage:
         total = self.settings.total_steps
         if total:
             begins = f"continues from {found}" if found else "begins"
-            self.say(f"{self.name:<9} {begins}, step {position.step}/{total}")
+            self.say(f"{self.name:<9} {begins}, step {position.step}/{total}, {world()[1]} workers")
             notices = self.settings.schedule.notice(total), few_updates(self.config, self.name)
             for notice in filter(None, notices):
                 self.say(f"{self.name:<9} {notice}")
         run_id = digest([self.config.run_dir, self.job.fingerprint])[:16]  # the same after restarts
-        return sinks_of(self.config, self.name, position.step, run_id, self.say)
+        assert self.ledger is not None
+        found_sinks = sinks_of(self.config, self.name, position.step, run_id, self.say)
+        return [*found_sinks, self.ledger]
+
+    def mfu_per_rate(self, model: LossModel) -> float | None:
+        """What to multiply tokens per second with; None where the device's peak is not known."""
+        peak = self.config.cost.peak_flops(self.device)
+        if peak is None:
+            return None
+        parameters = sum(p.numel() for p in model.model.parameters())
+        length = self.settings.max_seq_length
+        return flops_per_token(model.model.config, parameters, length) / (peak * world()[1])
+
+    def on_worker(self) -> Callable[[dict[str, float]], None]:
+        """A sink for this worker's own metrics."""
+        sink = RayMetrics(run_name(self.config), worker=str(world()[0]))
+
+        def tell(metrics: dict[str, float]) -> None:
+            memory = {"worker/peak_memory_gb": peak_memory_gb(self.device)}
+            sink.write(self.name, 0, {**metrics, **memory})
+
+        return tell
 
     def teacher(self, vocabulary: int) -> Teacher | None:
         """The teacher, if any objective asks for one."""
@@ -335,11 +428,12 @@ class Stage:
     # ----------------------------------------------------------------------------- side work
 
     def on_log(self, loop: Loop) -> None:
-        """How often every source has been gone through."""
-        if world()[0] == 0:
+        """How often every source has been gone through, and where the run's time goes."""
+        if self.ledger is not None:
             actor: Any = ray.get_actor(self.job.streams[self.name].actor)
             epochs = ray.get(actor.epochs.remote(self.name, loop.data_step))
-            loop.write({f"mixture/epoch_{name}": count for name, count in epochs.items()})
+            told = {f"mixture/epoch_{name}": count for name, count in epochs.items()}
+            loop.write({**told, **self.ledger.metrics(self.settings.save_every)})
 
     def on_evaluate(self, loop: Loop) -> None:
         """Held-out losses on the way; a new best is kept. The end has its own evaluation."""
@@ -354,10 +448,18 @@ class Stage:
 
     def on_save(self, loop: Loop) -> None:
         """A checkpoint of this step; old ones go."""
-        if not loop.at_end:
+        if not loop.at_end and (loop.stopped or self.checkpoints.possible(loop)):
             self.save(loop, self.folder.step(loop.position.step))
-            if world()[0] == 0:
-                checkpoint.retain(self.folder.root, self.settings.keep_last)
+            scaling = self.config.scaling_of(self.name)
+            if world()[1] < scaling.most and not loop.stopped:
+                # a checkpoint is where nothing is lost by it
+                loop.stopped = from_rank_zero(partial(self.grows, scaling))
+
+    def grows(self, scaling: Scaling) -> bool:
+        """Whether there is room for more workers than these by now."""
+        if more := room_for_another(scaling):
+            self.say(f"{self.name:<9} there is room for more than {world()[1]} workers")
+        return more
 
     def finish(self, loop: Loop) -> None:
         """The last evaluation and the final checkpoint, which says that the stage has ended."""
@@ -368,6 +470,7 @@ class Stage:
         self.record(self.name, losses)
         self.save(loop, self.folder.final)
 
+    @goodput.counted("evaluation")
     def evaluate(self, model: LossModel, batches: int | None = None) -> dict[str, float]:
         """Held-out loss per domain at strength 1, on so many batches of each or on all."""
         some = {name: found[:batches] for name, found in self.validation.items()}
@@ -385,8 +488,9 @@ class Stage:
             if not loop.at_end:
                 self.save(loop, self.folder.best)
 
+    @goodput.counted("checkpoint")
     def save(self, loop: Loop, directory: str) -> None:
-        """A checkpoint of the loop as it stands."""
+        """Begin a checkpoint of the loop as it stands."""
         data: dict[str, Any] | None = None
         if world()[0] == 0 and self.settings.total_steps:
             actor: Any = ray.get_actor(self.job.streams[self.name].actor)
@@ -394,9 +498,7 @@ class Stage:
         held = state.as_json(loop.position, data) | {"stage": self.name, "time": time.time()}
         if self.influence is not None:
             held["influence"] = self.influence.state(loop)
-        state.save(directory, loop.model, loop.optimizer, held, self.files)
-        for sink in loop.sinks:
-            sink.flush()
+        self.checkpoints.save(loop, directory, held, self.files)
 
     def record(self, name: str, losses: Mapping[str, float]) -> None:
         """Keep an evaluation for the table of the run."""
@@ -431,17 +533,3 @@ def _shards(folder: str) -> Shards:
     manifest = read_manifest(folder)
     assert manifest is not None, f"{folder} was prepared by the driver"
     return Shards(folder, manifest)
-
-
-def _stop_flag(run_dir: str) -> Callable[[], bool]:
-    """Whether somebody asked to stop; looked up by rank 0, once a second."""
-    flag, looked = storage.join(run_dir, STOP), 0.0
-
-    def asked() -> bool:
-        nonlocal looked
-        if world()[0] != 0 or time.monotonic() - looked < STOP_SECONDS:
-            return False
-        looked = time.monotonic()
-        return storage.exists(flag)
-
-    return asked

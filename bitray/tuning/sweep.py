@@ -192,7 +192,7 @@ def room(config: Config) -> int:
     for name in trained(config):
         how, (cpus_of_one, gpus_of_one) = config.scaling_of(name), needed(config, name)
         found.append(cpus / cpus_of_one)
-        found.append(sum(_workers(node, how) for node in nodes) / how.num_workers)
+        found.append(sum(_workers(node, how) for node in nodes) / how.fewest)
         if gpus_of_one:
             found.append(gpus / gpus_of_one)
     if min(found) < 1:
