@@ -26,9 +26,8 @@ from bitray.models.low_rank import add_corrections, train_corrections_only
 from bitray.models.mask_token import set_mask_token
 from bitray.nn import bit_linears, rank_of
 from bitray.pipeline.cluster import coming
-from bitray.pipeline.config import Config
+from bitray.pipeline.config import Config, Scaling
 from bitray.pipeline.cost import Expected, duration, money
-from bitray.pipeline.fit import reserved_cpus
 from bitray.pipeline.folders import named_checkpoint, stage_folder
 from bitray.pipeline.remix import schedule_of_mixture
 from bitray.pipeline.report import Table
@@ -75,6 +74,12 @@ def check_resources(config: Config, held: Mapping[str, float]) -> None:
                 f"{held.get('GPU', 0.0):g}; take scaling=laptop to train on CPUs, or lower "
                 "scaling.num_workers" + (" or model.teacher.gpus" if teacher else "")
             )
+
+
+def reserved_cpus(scaling: Scaling) -> float:
+    """What workers and readers take."""
+    workers = scaling.most * scaling.cpus_per_worker
+    return workers + scaling.readers * scaling.cpus_per_reader
 
 
 def needed(config: Config, stage: str) -> tuple[float, float]:

@@ -24,7 +24,7 @@ from bitray.pipeline.config import Config, Scaling
 from bitray.pipeline.console import console
 from bitray.pipeline.cost import ESTIMATE, Expected, dump
 from bitray.pipeline.finish import Result, finish
-from bitray.pipeline.fit import check_enough, fit, groups, grown, reserved_cpus, streams
+from bitray.pipeline.fit import check_enough, fit, groups, grown, streams
 from bitray.pipeline.folders import skipped_by_name, stage_folder
 from bitray.pipeline.identity import claim
 from bitray.pipeline.interrupt import stoppable
@@ -35,7 +35,14 @@ from bitray.pipeline.material import (
     prepared_beside,
     tokenizer_of,
 )
-from bitray.pipeline.plan import check_model, check_resources, expected, outline, resources
+from bitray.pipeline.plan import (
+    check_model,
+    check_resources,
+    expected,
+    outline,
+    reserved_cpus,
+    resources,
+)
 from bitray.pipeline.report import Table
 from bitray.pipeline.saving import STOP
 from bitray.pipeline.session import ray_session
