@@ -18,10 +18,8 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "0123456789abcdef" * 4
-SECONDS = 400.0
+SECONDS = 600.0
 """Until something has to have happened; machines are crowded."""
-RAYS_OWN = {"_AutoscalingCoordinatorActor", "TrainStateActor", "_StatsActor", "JobSupervisor"}
-"""Actors that Ray keeps for a cluster."""
 
 
 def wait_for(what: Callable[[], Any], seconds: float = SECONDS, why: str = "") -> Any:
@@ -159,9 +157,14 @@ class Machines:
 
     def leaks(self) -> list[str]:
         """Actors, placement groups and processes of jobs that are still there."""
-        actors = self.get("/api/v0/actors?limit=10000")["data"]["result"]["result"]
+        actors = self.get("/api/v0/actors?limit=10000&detail=1")["data"]["result"]["result"]
         groups = self.get("/api/v0/placement_groups?limit=10000")["data"]["result"]["result"]
-        alive = {each["class_name"] for each in actors if each["state"] != "DEAD"} - RAYS_OWN
+        alive = {
+            each["class_name"]
+            for each in actors
+            if each["state"] != "DEAD"
+            and (not each["is_detached"] or each["class_name"] == "PlacementGroupCleaner")
+        }
         held = [each["state"] for each in groups if each["state"] != "REMOVED"]
         names = ("jobs/pretrain.py", "RayTrainWorker", "MixtureActor", "TrainController", "_Queue")
         running = [name for name in names if self.processes(name)]
