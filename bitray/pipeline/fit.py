@@ -148,12 +148,6 @@ def streams(
     }
 
 
-def reserved_cpus(scaling: Scaling) -> float:
-    """What workers and readers take."""
-    workers = scaling.most * scaling.cpus_per_worker
-    return workers + scaling.readers * scaling.cpus_per_reader
-
-
 def data_state(config: Config, stage: str) -> dict[str, Any] | None:
     """Where a stage's data is to continue; asked at every start of the workers."""
     found = resume_point(config, stage)
