@@ -11,7 +11,6 @@ import os
 import sys
 from typing import Any
 
-
 TRIES = 5
 """Ray gives a node that starts 30 s, which crowded machines do not always keep."""
 
