@@ -25,8 +25,8 @@ from bitray.models.loading import (
 from bitray.models.low_rank import add_corrections, train_corrections_only
 from bitray.models.mask_token import set_mask_token
 from bitray.nn import bit_linears, rank_of
-from bitray.pipeline.cluster import coming
-from bitray.pipeline.config import Config, Scaling
+from bitray.pipeline.cluster import coming, reserved_cpus
+from bitray.pipeline.config import Config
 from bitray.pipeline.cost import Expected, duration, money
 from bitray.pipeline.folders import named_checkpoint, stage_folder
 from bitray.pipeline.remix import schedule_of_mixture
@@ -58,7 +58,7 @@ def check_resources(config: Config, held: Mapping[str, float]) -> None:
     for name in config.stages:
         scaling = config.scaling_of(name)
         teacher = _actors(config, name)
-        cpus, gpus = needed(config, name)
+        cpus, gpus = needed(config, name, scaling.fewest)
         beside = f" + {teacher.count} teachers x {teacher.cpus:g}" if teacher else ""
         if cpus > held.get("CPU", 0.0):
             raise UserError(
@@ -76,16 +76,12 @@ def check_resources(config: Config, held: Mapping[str, float]) -> None:
             )
 
 
-def reserved_cpus(scaling: Scaling) -> float:
-    """What workers and readers take."""
-    workers = scaling.most * scaling.cpus_per_worker
-    return workers + scaling.readers * scaling.cpus_per_reader
-
-
-def needed(config: Config, stage: str) -> tuple[float, float]:
-    """CPUs and GPUs of a stage's workers, readers and teachers."""
+def needed(config: Config, stage: str, workers: int | None = None) -> tuple[float, float]:
+    """CPUs and GPUs of so many workers of a stage, or the most there may be, with its readers and
+    teachers."""
     scaling, teacher = config.scaling_of(stage), _actors(config, stage)
-    cpus, gpus = reserved_cpus(scaling), scaling.gpus
+    count = scaling.most if workers is None else workers
+    cpus, gpus = reserved_cpus(scaling, count), count * scaling.per_worker.get("GPU", 0.0)
     if teacher:
         cpus += teacher.count * teacher.cpus
         gpus += teacher.count * teacher.gpus

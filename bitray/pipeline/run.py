@@ -19,7 +19,7 @@ from bitray.events import FOLDER, Events
 from bitray.lease import Claim
 from bitray.pipeline.batch_size import sized
 from bitray.pipeline.cli import causes, sentence
-from bitray.pipeline.cluster import preflight
+from bitray.pipeline.cluster import preflight, reserved_cpus
 from bitray.pipeline.config import Config, Scaling
 from bitray.pipeline.console import console
 from bitray.pipeline.cost import ESTIMATE, Expected, dump
@@ -40,7 +40,6 @@ from bitray.pipeline.plan import (
     check_resources,
     expected,
     outline,
-    reserved_cpus,
     resources,
 )
 from bitray.pipeline.report import Table
