@@ -41,7 +41,7 @@ class Document(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------- known keys
-# A table maps a key to the table of what lies below it; None is any value, WORD one without anything
+# A table maps a key to the table of what lies below it; None is any value, WORD one with nothing
 # below it, a tuple the values that are known, a list of one table a list of such. A key that ends
 # in ! has to be there.
 
