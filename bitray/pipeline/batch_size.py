@@ -52,7 +52,7 @@ def _task(config: Config, stage: str, function: Callable[..., Any]) -> Any:
     scaling = config.scaling_of(stage)
     return ray.remote(
         num_cpus=scaling.cpus_per_worker,
-        num_gpus=1 if scaling.use_gpu else 0,
+        num_gpus=scaling.gpus_per_worker if scaling.use_gpu else 0,
         scheduling_strategy="SPREAD",
         max_calls=1,
         max_retries=0,
@@ -61,12 +61,13 @@ def _task(config: Config, stage: str, function: Callable[..., Any]) -> Any:
 
 def _largest(config: Config, stage: str) -> int:
     """The least of what fits the workers."""
-    workers = config.scaling_of(stage).num_workers
+    scaling, trials = config.scaling_of(stage), _trials(config, stage)
     task = _task(config, stage, _fitting)
-    trials = _trials(config, stage)
-    found: list[int | None] = ray.get([task.remote(trial) for trial in trials])
+    found: list[int | None] = ray.get(
+        [task.remote(trial, scaling.gpus_per_worker) for trial in trials]
+    )
     fitting = [size for size in found if size is not None]
-    if len(fitting) < workers:
+    if len(fitting) < scaling.num_workers:
         length = config.stages[stage].max_seq_length
         raise UserError(
             f"stages.{stage}: not even one row of {length} tokens fits a worker; shorten "
@@ -101,10 +102,10 @@ def _trials(config: Config, stage: str) -> list[Trial]:
     ]
 
 
-def _fitting(trial: Trial) -> int | None:
-    """The largest micro-batch that fits here, or None."""
+def _fitting(trial: Trial, share: float) -> int | None:
+    """The largest micro-batch that fits a share of the GPU here, or a worker's memory; or None."""
     settings = trial.settings
-    limit = memory(trial.device, trial.world)
+    limit = memory(trial.device, trial.world) * (share if trial.device == "cuda" else 1)
     if settings.memory_limit_gb is not None:
         limit = settings.memory_limit_gb * GB
     limit *= 1 - settings.memory_margin

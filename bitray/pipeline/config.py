@@ -63,12 +63,28 @@ class Scaling(Settings):
 
     num_workers: int = Field(default=1, ge=1)
     use_gpu: bool = False
+    gpus_per_worker: float = Field(default=1.0, gt=0, le=1)
+    """Share of a GPU and of its memory that a worker takes, where it uses one."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
     readers: int = Field(default=2, ge=1)
     """Tasks of Ray Data that read rows beside the workers."""
     cpus_per_reader: float = Field(default=0.25, gt=0)
     max_failures: int = Field(default=3, ge=0)
     """Restarts of the worker group before a run gives up."""
+
+    @model_validator(mode="after")
+    def _shares_are_of_different_groups(self) -> "Scaling":
+        if self.gpus_per_worker < 1 and self.num_workers > 1:
+            raise ValueError(
+                f"gpus_per_worker {self.gpus_per_worker:g} is for a single worker: NCCL does not "
+                f"put two of {self.num_workers} workers on the same GPU"
+            )
+        return self
+
+    @property
+    def gpus(self) -> float:
+        """What all workers take."""
+        return self.num_workers * self.gpus_per_worker if self.use_gpu else 0.0
 
 
 class MicroBatch(Settings):
@@ -98,6 +114,8 @@ class StageSettings(TrainingSettings):
     start_from: str | None = None
     """A checkpoint or model to start from, whatever the pipeline holds."""
     scaling: Scaling | None = None
+    shared_run: str | None = None
+    """Folder of a run of the same settings that has done this stage for all; None: this run."""
 
     @model_validator(mode="after")
     def _has_a_length(self) -> "StageSettings":
@@ -121,6 +139,10 @@ class WandB(Settings):
     enabled: bool | None = None
     """None: when WANDB_API_KEY is set. Asked for without a key, it records offline."""
     project: str = "bitray"
+    group: str | None = None
+    """Runs that belong together; of a sweep's trials the sweep."""
+    tags: tuple[str, ...] | None = None
+    """None: the stages that the run trains."""
 
 
 class Logging(Settings):

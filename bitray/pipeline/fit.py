@@ -160,7 +160,7 @@ def fit(job: Job, scaling: Scaling) -> str | None:
             use_gpu=scaling.use_gpu,
             resources_per_worker={
                 "CPU": scaling.cpus_per_worker,
-                **({"GPU": 1} if scaling.use_gpu else {}),
+                **({"GPU": scaling.gpus_per_worker} if scaling.use_gpu else {}),
             },
         ),
         run_config=RunConfig(

@@ -27,7 +27,8 @@ from bitray.models.mask_token import set_mask_token
 from bitray.nn import bit_linears, rank_of
 from bitray.pipeline.config import Config
 from bitray.pipeline.cost import Expected, duration, money
-from bitray.pipeline.folders import StageFolder, named_checkpoint
+from bitray.pipeline.fit import reserved_cpus
+from bitray.pipeline.folders import named_checkpoint, stage_folder
 from bitray.pipeline.remix import schedule_of_mixture
 from bitray.pipeline.report import Table
 from bitray.pipeline.session import ray_session
@@ -55,14 +56,8 @@ def check_resources(config: Config, held: Mapping[str, float]) -> None:
     for name in config.stages:
         scaling = config.scaling_of(name)
         teacher = _actors(config, name)
-        cpus = scaling.num_workers * scaling.cpus_per_worker
-        cpus += scaling.readers * scaling.cpus_per_reader
-        gpus = float(scaling.num_workers * scaling.use_gpu)
-        beside = ""
-        if teacher:
-            cpus += teacher.count * teacher.cpus
-            gpus += teacher.count * teacher.gpus
-            beside = f" + {teacher.count} teachers x {teacher.cpus:g}"
+        cpus, gpus = needed(config, name)
+        beside = f" + {teacher.count} teachers x {teacher.cpus:g}" if teacher else ""
         if cpus > held.get("CPU", 0.0):
             raise UserError(
                 f"scaling: stage {name} needs {cpus:g} CPUs ({scaling.num_workers} workers x "
@@ -77,6 +72,16 @@ def check_resources(config: Config, held: Mapping[str, float]) -> None:
                 f"{held.get('GPU', 0.0):g}; take scaling=laptop to train on CPUs, or lower "
                 "scaling.num_workers" + (" or model.teacher.gpus" if teacher else "")
             )
+
+
+def needed(config: Config, stage: str) -> tuple[float, float]:
+    """CPUs and GPUs of a stage's workers, readers and teachers."""
+    scaling, teacher = config.scaling_of(stage), _actors(config, stage)
+    cpus, gpus = reserved_cpus(scaling), scaling.gpus
+    if teacher:
+        cpus += teacher.count * teacher.cpus
+        gpus += teacher.count * teacher.gpus
+    return cpus, gpus
 
 
 def _actors(config: Config, stage: str) -> Actors | None:
@@ -350,7 +355,7 @@ def _assumed_rate(
 
 
 def _resume_point(config: Config, name: str) -> str:
-    folder = StageFolder(config.run_dir, name)
+    folder = stage_folder(config, name)
     if folder.complete:
         return "complete"
     newest = checkpoint.newest_complete(folder.root)

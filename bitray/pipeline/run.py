@@ -18,7 +18,7 @@ from bitray.pipeline.console import console
 from bitray.pipeline.cost import ESTIMATE, dump
 from bitray.pipeline.finish import Result, finish
 from bitray.pipeline.fit import check_enough, fit, groups, grown, reserved_cpus, streams
-from bitray.pipeline.folders import StageFolder, skipped_by_name
+from bitray.pipeline.folders import skipped_by_name, stage_folder
 from bitray.pipeline.identity import claim
 from bitray.pipeline.interrupt import stoppable
 from bitray.pipeline.material import (
@@ -77,7 +77,7 @@ def train(config: Config, material: Material, fingerprint: str, lines: Queue) ->
     left_out = skipped_by_name(config)
     pending = []
     for stage in config.stages:
-        folder = StageFolder(config.run_dir, stage)
+        folder = stage_folder(config, stage)
         if folder.complete:
             print(f"{stage:<9} is complete: {folder.final}")
         elif stage in left_out:

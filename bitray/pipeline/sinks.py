@@ -57,11 +57,18 @@ def sinks_of(config: Config, stage: str, step: int, run_id: str, say: Say) -> li
     if config.logging.tensorboard:
         sinks.append(TensorBoard(storage.join(run_dir, "tensorboard"), stage, step))
     if wandb_wanted(config):
-        values = config.model_dump(mode="json")
-        sinks.append(WeightsAndBiases(config.logging.wandb.project, name, run_id, run_dir, values))
+        sinks.append(_wandb(config, name, run_id))
     if step < (total := config.stages[stage].total_steps):
         sinks.append(Console(total, say))
     return sinks
+
+
+def _wandb(config: Config, name: str, run_id: str) -> WeightsAndBiases:
+    said, values = config.logging.wandb, config.model_dump(mode="json")
+    trained = tuple(name for name, stage in config.stages.items() if stage.total_steps)
+    tags = trained if said.tags is None else said.tags
+    where = said.project, name, run_id, config.run_dir
+    return WeightsAndBiases(*where, values, group=said.group, tags=tags)
 
 
 def run_name(config: Config) -> str:

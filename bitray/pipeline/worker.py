@@ -137,7 +137,9 @@ class Stage:
     def run(self) -> bool:
         """From the predecessor, or from the stage's newest checkpoint, to its end; False if it was
         stopped on the way."""
+        share = self.config.scaling_of(self.name).gpus_per_worker
         if self.device.type == "cuda":  # on CPUs "high" may mean bf16
+            torch.cuda.set_per_process_memory_fraction(share)  # the rest is somebody else's
             torch.set_float32_matmul_precision("high" if self.settings.tf32 else "highest")
         torch.manual_seed(seed_of(self.settings.seed, self.name))
         model, strength = self.student()
@@ -410,6 +412,8 @@ class Stage:
         position = loop.position
         told = {f"eval/{domain}_loss": loss for domain, loss in losses.items()}
         loop.write({**told, "train/peak_memory_gb": peak_memory_gb(self.device)})
+        for sink in loop.sinks:
+            sink.flush()  # a sweep decides by them
         if position.best is None or mean_loss(losses) < position.best:
             position.best = mean_loss(losses)
             if not loop.at_end:
