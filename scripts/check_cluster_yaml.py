@@ -178,7 +178,7 @@ def _of_schema(schema: Mapping[str, Any]) -> Any:
         return {key: _of_schema(below) for key, below in schema["properties"].items()}
     if schema.get("$ref") == "#/definitions/commands":
         return [None]
-    return {"object": ANY, "array": None}.get(schema.get("type", "array"), WORD)
+    return {"object": ANY, "array": None}.get(str(schema.get("type", "array")), WORD)
 
 
 # What KubeRay 1.5 (ray.io/v1) and Kubernetes know of what a cluster of ours may say.

@@ -27,8 +27,8 @@ def test_an_hour_of_four_gpus() -> None:
     each, cost = stage(), Cost()
     assert each.hours == 1 and each.worker_hours == 4
     a100, h100 = cost.rates("a100_80gb"), cost.rates("h100_80gb")
-    assert money(4, a100) == "runpod $4.76, lambda $7.56, gcp $15.20"
-    assert money(4, h100) == "on_demand $11.56"
+    assert money(4.0, a100) == "runpod $4.76, lambda $7.56, gcp $15.20"
+    assert money(4.0, h100) == "on_demand $11.56"
     assert cost.rates("rtx4090") == cost.rates(None) == {}
     assert stage(tokens_per_second=None).worker_hours is None
     assert [duration(hours) for hours in (2.25, 0.125, None)] == ["2.2 h", "7.5 min", "unknown"]
@@ -88,7 +88,9 @@ def test_the_rate_is_a_share_of_the_peak_until_it_is_measured() -> None:
 
 def test_nothing_is_made_up_where_the_peak_is_not_known() -> None:
     text = plan(Config.load())
-    assert "probe=true measures" in text and "no price known" in text
+    assert "time      stage2: unknown; probe=true measures it" in text
+    known = plan(Config.load(overrides=["cost.peak_tflops=1"]))
+    assert "tokens/s (assumed, at 30% of the peak)" in known and "no price known" in known
 
 
 @pytest.mark.ray
