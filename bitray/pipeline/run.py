@@ -45,10 +45,10 @@ def run(config: Config) -> Result:
     began, config = time.time(), located(config)
     inputs_of(config.data)
     model = outline(config)
-    stages = expected(config, model)
     check_model(config, model, named_tokenizer(config))
     with ray_session():
         check_resources(config, resources())
+        stages = expected(config, model)  # once it is known that a probe finds its place
         material = Material(config, tokenizer_of(config))
         if config.resume.fresh:
             _check_held_out(material.open())  # nothing goes for a run that cannot begin
