@@ -299,12 +299,11 @@ def plan(config: Config) -> str:
         f"export    {', '.join(config.export.gguf) or 'no GGUF'}"
         + (", huggingface" if config.export.huggingface else ""),
         f"storage   up to {checkpoints:.3g} GB of checkpoints",
+        *_bill(config, stages),
         "",
         Table(header, rows).text(),
         *remixes,
         *filter(None, (idle_turns(config, name) for name in config.stages)),
-        "",
-        _bill(config, stages).text(),
         "",
         "nothing was trained (--dry-run)",
     ]
@@ -334,18 +333,21 @@ def _row(config: Config, name: str, each: Expected) -> tuple[str, ...]:
     )
 
 
-def _bill(config: Config, stages: Mapping[str, Expected]) -> Table:
+def _bill(config: Config, stages: Mapping[str, Expected]) -> list[str]:
     """Time and price of the stages that take steps, whatever is done of them already."""
-    rates = config.cost.rates(config.gpu_name)
-    rows = []
+    prices = config.cost.rates(config.gpu_name)
+    lines = []
     for name, each in stages.items():
+        rate, hours = each.tokens_per_second, each.worker_hours
         if not each.tokens:
             continue
-        rate = each.tokens_per_second
-        price = money(each.worker_hours, rates) if each.worker_hours is not None else ""
-        shown = "unknown" if rate is None else f"{rate:,.0f}"
-        rows.append((name, shown, each.how, duration(each.hours), price or "no price known"))
-    return Table(("time and price", "tokens/s", "", "training", "price"), rows)
+        if rate is None or hours is None:
+            lines.append(f"time      {name}: unknown; {each.how}")
+            continue
+        price = money(hours, prices) or "no price known"
+        told = f"{rate:,.0f} tokens/s ({each.how}), {duration(each.hours)} of steps"
+        lines.append(f"time      {name}: {told}, {price}")
+    return lines
 
 
 def expected(config: Config, model: PreTrainedModel) -> dict[str, Expected]:
@@ -384,7 +386,7 @@ def _assumed_rate(
         gpu = torch.cuda.get_device_name()
     peak = cost.planned_flops((cost.gpu or gpu) if scaling.use_gpu else None)
     if peak is None:
-        return None, "probe=true measures"
+        return None, "probe=true measures it"
     each = flops_per_token(model.config, parameters, config.stages[name].max_seq_length)
     return scaling.most * cost.mfu * peak / each, f"assumed, at {cost.mfu:.0%} of the peak"
 
