@@ -24,6 +24,7 @@ _FORBIDDEN = re.compile(
     re.IGNORECASE,
 )
 _FINAL = re.compile(r"NO_SUCH|NOT_FOUND|HTTP (status|code) (400|404|412)", re.IGNORECASE)
+_PLACE = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 _patience = 600.0
 _failing: dict[int, str] = {}
 """Thread -> the error of the call that it is trying again."""
@@ -95,7 +96,7 @@ def retried(uri: str, call: Callable[[], T]) -> T:
 
 def _passes(error: BaseException) -> bool:
     """Whether an error may be gone at the next try; errors with a number are this machine's."""
-    if not isinstance(error, OSError) or error.errno is not None:
+    if not isinstance(error, OSError) or isinstance(error, _PLACE) or error.errno is not None:
         return False
     text = _first_line(error)
     return not (_FORBIDDEN.search(text) or _FINAL.search(text))

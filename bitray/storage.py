@@ -274,6 +274,9 @@ class _RemoteFile(io.RawIOBase):
         self._at += len(found)
         return len(found)
 
+    def readall(self) -> bytes:
+        return b"".join(iter(lambda: self.read(_CHUNK) or b"", b""))  # by default 8 kB at a time
+
     def close(self) -> None:
         if not self.closed:
             self._file.close()
