@@ -57,7 +57,9 @@ def test_a_stale_lease_is_taken_over_and_the_late_first_writer_refused(run_dir: 
 
 def test_a_driver_that_was_killed_on_this_machine_holds_nothing(tmp_path: Path) -> None:
     """The same command goes on at once, not after the heartbeat has grown old."""
-    code = "import os, sys; from bitray import lease; lease.acquire(sys.argv[1]).beat(); os._exit(9)"
+    code = (
+        "import os, sys; from bitray import lease; lease.acquire(sys.argv[1]).beat(); os._exit(9)"
+    )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
     assert acquire(str(tmp_path)).epoch == 2
 

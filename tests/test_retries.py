@@ -79,9 +79,7 @@ def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_thirty_percent_of_errors_change_nothing(
-    proxy: FlakyS3, s3: str, tmp_path: Path
-) -> None:
+def test_thirty_percent_of_errors_change_nothing(proxy: FlakyS3, s3: str, tmp_path: Path) -> None:
     proxy.rate = 0.3
     uri, data = storage.join(s3, "a/b.bin"), bytes(range(256)) * 40_000
     storage.write_bytes(uri, data)
@@ -114,9 +112,7 @@ def test_denied_access_is_not_tried_again(proxy: FlakyS3, s3: str) -> None:
     assert proxy.failed - before == 1
 
 
-def test_training_goes_on_while_a_checkpoint_waits_for_storage(
-    proxy: FlakyS3, s3: str
-) -> None:
+def test_training_goes_on_while_a_checkpoint_waits_for_storage(proxy: FlakyS3, s3: str) -> None:
     """Staged here, uploaded when storage answers again; meanwhile no other save can begin."""
     import torch
 

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,11 +16,13 @@ from bitray.data.mixture import Mixture, StageMixture
 from bitray.data.plan import SourceSize
 from bitray.data.stream import TicketConfig, TicketStream, ticket_dataset
 from bitray.data.tickets import least_lead
+from bitray.pipeline.cli import causes
 from bitray.pipeline.config import Config, Scaling
 from bitray.pipeline.folders import resume_point, skipped_by_name
 from bitray.pipeline.interrupt import in_thread
 from bitray.pipeline.material import RowKind
 from bitray.pipeline.worker import Job, work
+from bitray.retries import StorageGone, may_pass
 from bitray.settings import UserError
 
 BUNDLE = 32
@@ -143,6 +146,26 @@ def data_state(config: Config, stage: str) -> dict[str, Any] | None:
     return held
 
 
+def _storage_of(uri: str) -> dict[str, Any]:
+    """Where Ray Train keeps its own state. Of object storage it gets our file system, which knows
+    the endpoint and tries again."""
+    if not storage.is_remote(uri):
+        return {"storage_path": uri}
+    filesystem, path = storage.located(uri)
+    return {"storage_path": path, "storage_filesystem": filesystem}
+
+
+@contextmanager
+def storage_errors(run_dir: str) -> Iterator[None]:
+    """Ray Train's own failure to reach the run's storage, as the sentence that ours is."""
+    try:
+        yield
+    except Exception as error:
+        if storage.is_remote(run_dir) and any(may_pass(each) for each in causes(error)):
+            raise StorageGone(f"{run_dir}: the storage does not answer ({error})") from error
+        raise
+
+
 def fit(job: Job, scaling: Scaling) -> str | None:
     """Train the job's stages. Returns the stage in which somebody stopped it, or None at its end.
     `UserError` for what the workers found that a user can put right."""
@@ -165,7 +188,7 @@ def fit(job: Job, scaling: Scaling) -> str | None:
         ),
         run_config=RunConfig(
             name=f"{job.fingerprint[:12]}-{'-'.join(job.stages)}",
-            storage_path=storage.join(job.config.run_dir, "ray_train"),
+            **_storage_of(storage.join(job.config.run_dir, "ray_train")),
             failure_config=FailureConfig(**limits),
         ),
         datasets={
@@ -175,7 +198,8 @@ def fit(job: Job, scaling: Scaling) -> str | None:
         },
         dataset_config=TicketConfig(),
     )
-    result: Any = in_thread(trainer.fit)
+    with storage_errors(job.config.run_dir):
+        result: Any = in_thread(trainer.fit)
     outcome: dict[str, Any] = result.return_value
     if "error" in outcome:
         raise UserError(outcome["error"])
