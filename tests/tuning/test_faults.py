@@ -62,6 +62,18 @@ def processes(driver: psutil.Popen, title: str) -> list[psutil.Process]:
     return found
 
 
+def writers(driver: psutil.Popen) -> list[psutil.Process]:
+    """Workers that train: those that hold metrics open."""
+    found = []
+    for each in driver.children(recursive=True):
+        try:
+            if any(Path(file.path).name == "metrics.jsonl" for file in each.open_files()):
+                found.append(each)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
 def ended(folder: Path) -> dict[int, list[Any]]:
     file = folder / "demo" / "searcher.json"
     return dict(json.loads(file.read_text())["ended"]) if file.exists() else {}
@@ -80,7 +92,7 @@ def test_a_sweep_that_is_hit_by_everything(tmp_path: Path, environment: dict[str
     trial that ended runs again, and the best configuration reproduces its score."""
     driver = begun(tmp_path, environment)
     wait_for(lambda: advanced(tmp_path), driver, tmp_path)
-    [worker, *_] = wait_for(lambda: processes(driver, "RayTrainWorker"), driver, tmp_path)
+    [worker, *_] = wait_for(lambda: writers(driver), driver, tmp_path)
     worker.kill()
     wait_for(lambda: ended(tmp_path), driver, tmp_path)
     wait_for(lambda: advanced(tmp_path), driver, tmp_path)
@@ -182,9 +194,11 @@ def test_three_nodes_of_which_one_goes(tmp_path: Path, environment: dict[str, st
     assert done.returncode == 0, done.stderr[-3000:]
     [line] = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
     found = json.loads(line.removeprefix("FOUND "))
-    assert (found["nodes"], found["beside"], found["lost"]) == (3, 3, True)
-    hit = [name for name, (lines, same) in found["kept"].items() if same < lines]
+    print(json.dumps(found, indent=1))
+    assert (found["nodes"], found["beside"]) == (3, 3)
     again = [name for name, opened in found["generations"].items() if max(opened) > 1]
-    assert len(again) <= 1 and set(hit) <= set(again)
+    assert again == [found["lost"]]
+    for name, (lines, same) in found["kept"].items():
+        assert same == lines or (name == found["lost"] and same > 0)
     assert found["freed"] and not found["not_freed"] and max(found["freed"]) <= 20
     assert found["released"] < 60 and found["gone"] < 60, found["alive"]
