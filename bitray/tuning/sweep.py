@@ -29,7 +29,7 @@ from bitray.tuning.trial import clean, evaluated, lengths, trained, trial, trial
 
 ESSENCE = {"parameters", "constraints", "objectives", "outcome_constraints"}
 """What makes a space another one; of the rest more may be asked later."""
-DRIVER = {"memory": 2**20}
+DRIVER = {"memory": 2.0**20}
 """What the process of a trial asks for: it only waits, and all CPUs are for workers and readers."""
 RETRIES = 2
 """Of a trial that fails for no fault of its settings; it goes on where it stood."""

@@ -28,10 +28,15 @@ def trial_config(config: Config, base: str, overrides: Mapping[str, Any]) -> Con
     """
     place = {
         "output_dir": storage.join(base.rpartition("/")[0], "trials"),
-        "experiment": digest(dict(overrides))[:12],
+        "experiment": trial_name(overrides),
         **{f"stages.{n}.shared_run": base for n in config.stages if n not in trained(config)},
     }
     return config.override({**overrides, **place})
+
+
+def trial_name(overrides: Mapping[str, Any]) -> str:
+    """Of a trial's folder: a hash of its sample."""
+    return digest(dict(overrides))[:12]
 
 
 def trial(sample: dict[str, Any], config: Config, base: str) -> None:

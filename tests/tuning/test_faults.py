@@ -15,10 +15,10 @@ from typing import Any
 import psutil
 import pytest
 
-from bitray import Config, storage
-from bitray.pipeline.folders import config_of
+from bitray import storage
 from bitray.pipeline.report import read_metrics
 from bitray.tuning.experiment import from_json
+from bitray.tuning.trial import trial_name
 
 ROOT = Path(__file__).parents[2]
 SPACE = str(ROOT / "search_spaces" / "demo.yaml")
@@ -107,8 +107,7 @@ def test_a_sweep_that_is_hit_by_everything(tmp_path: Path, environment: dict[str
 
     before = ended(tmp_path)
     overrides = dict(json.loads((tmp_path / "demo" / "searcher.json").read_text())["overrides"])
-    by_sample = {str(settings(run, overrides[1])): run for run in tmp_path.glob("demo/trials/*")}
-    runs = {n: by_sample[str(overrides[n])] for n in before}
+    runs = {n: tmp_path / "demo" / "trials" / trial_name(overrides[n]) for n in before}
     records = {n: (run / "metrics.jsonl").read_bytes() for n, run in runs.items()}
     driver = begun(tmp_path, environment)
     assert driver.wait(PATIENCE) == 0, (tmp_path / "driver.log").read_text()[-3000:]
@@ -128,19 +127,6 @@ def test_a_sweep_that_is_hit_by_everything(tmp_path: Path, environment: dict[str
     assert not list(tmp_path.glob("demo/trials/*/stage*_checkpoint"))
     losses = {n: found["loss"] for n, (status, found) in after.items() if status == "completed"}
     assert score_of_best(tmp_path, environment) == pytest.approx(min(losses.values()), abs=1e-6)
-
-
-def settings(run: Path, like: dict[str, Any]) -> dict[str, Any]:
-    """What a trial's configuration says of the searched settings."""
-    config = config_of(str(run))
-    return {path: at(config, path) for path in like}
-
-
-def at(config: Config, path: str) -> Any:
-    node: Any = config
-    for part in path.split("."):
-        node = node[part] if isinstance(node, dict) else getattr(node, part)
-    return node
 
 
 def score_of_best(folder: Path, environment: dict[str, str]) -> float:
