@@ -22,6 +22,7 @@ from bitray.tuning.trial import trial_name
 
 ROOT = Path(__file__).parents[2]
 SPACE = str(ROOT / "search_spaces" / "demo.yaml")
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(3600)]
 PATIENCE = 900.0
 """Seconds until something has to happen, on a machine with much else to do."""
 
@@ -31,6 +32,9 @@ def environment() -> Iterator[dict[str, str]]:
     """A Ray of its own for the processes of a test, in a short folder, for the sockets in it."""
     folder = tempfile.mkdtemp(prefix="bt", dir="/tmp")
     yield {**os.environ, "RAY_TMPDIR": folder, "RAY_AUTH_MODE": "token"}
+    for each in psutil.Process().children():
+        if any(job in " ".join(each.cmdline()) for job in ("tune.py", "three_nodes.py")):
+            each.kill()  # of a test that failed; what it started goes with it
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -85,8 +89,6 @@ def advanced(folder: Path) -> list[Path]:
     return sorted({path.parents[3] for path in found})
 
 
-@pytest.mark.ray
-@pytest.mark.slow
 def test_a_sweep_that_is_hit_by_everything(tmp_path: Path, environment: dict[str, str]) -> None:
     """A worker, a trial and the driver are killed, one trial diverges, some are stopped early: no
     trial that ended runs again, and the best configuration reproduces its score."""
@@ -143,8 +145,6 @@ def score_of_best(folder: Path, environment: dict[str, str]) -> float:
     return sum(losses) / len(losses)
 
 
-@pytest.mark.ray
-@pytest.mark.slow
 def test_a_sweep_in_object_storage(tmp_path: Path, s3: str, environment: dict[str, str]) -> None:
     """Stages in common are found there by all trials; nothing is kept on local disks."""
     words = [
@@ -166,8 +166,6 @@ def test_a_sweep_in_object_storage(tmp_path: Path, s3: str, environment: dict[st
     assert [path.name for path in tmp_path.iterdir()] == ["driver.log"]
 
 
-@pytest.mark.ray
-@pytest.mark.slow
 def test_three_nodes_of_which_one_goes(tmp_path: Path, environment: dict[str, str]) -> None:
     """Trials spread; a lost node costs its trial what it did after its last checkpoint and others
     nothing; resources of what was stopped are back within 20 s; nothing is left at the end."""
