@@ -1,5 +1,6 @@
 """How a sweep stands, while it goes on: a table on a terminal, lines elsewhere."""
 
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -54,6 +55,9 @@ class Watch(Callback):
     of the sweep; they count, and may be the best."""
 
     def __init__(self, searcher: AxSearcher, before: Sequence[Found]) -> None:
+        os.environ["RAY_AIR_NEW_OUTPUT"] = (
+            "0"  # with it Tune prints a head though told to be silent
+        )
         self.searcher, self.before = searcher, list(before)
         self.began, self.looked = time.monotonic(), -PERIOD
         self.started: dict[str, float] = {}

@@ -135,7 +135,7 @@ def test_trials_of_tune_are_told_and_timed(
         assert f"trial {each.index} {each.status}{why} at " in out
     [best] = searcher.front()
     assert f"4 of 4 trials ended; none runs; best {best.index} (loss" in out
-    assert "Trial status" not in out and "\x1b" not in out
+    assert "Trial status" not in out and "View detailed" not in out and "\x1b" not in out
     spans = read_spans(str(tmp_path / "lines" / "attempts.json"))
     assert set(spans) == {trial_name(each.overrides) for each in found}
     for [begin, end] in (attempts[0] for attempts in spans.values()):
