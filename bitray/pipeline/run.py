@@ -35,7 +35,14 @@ from bitray.pipeline.material import (
     prepared_beside,
     tokenizer_of,
 )
-from bitray.pipeline.plan import check_model, check_resources, expected, outline, resources
+from bitray.pipeline.plan import (
+    check_model,
+    check_resources,
+    expected,
+    outline,
+    reserved_cpus,
+    resources,
+)
 from bitray.pipeline.report import Table
 from bitray.pipeline.saving import STOP
 from bitray.pipeline.session import ray_session

@@ -115,14 +115,15 @@ class Watch(Callback):
         if not sys.stdout.isatty():
             print(told, flush=True)
             return
-        from rich.console import Group
+        from rich.console import Console, Group
         from rich.live import Live
+        from rich.text import Text
 
         if self.screen is None:
-            self.screen = Live(auto_refresh=False)
+            self.screen = Live(console=Console(), auto_refresh=False)
             self.screen.start()
-        shown = table(self.searcher.space, standings)
-        self.screen.update(Group(_rich(shown), told), refresh=True)
+        shown = table(self.searcher.space, standings)  # below, for what is too long is cut there
+        self.screen.update(Group(Text(told), _rich(shown)), refresh=True)
 
 
 # ------------------------------------------------------------------------------------- the words

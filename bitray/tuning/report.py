@@ -21,6 +21,9 @@ from bitray.tuning.trial import evaluated, trial_config, trial_name
 ATTEMPTS = "attempts.json"
 """Of a sweep's folder: when its trials held their workers."""
 
+OBSERVED = ("completed", "early_stopped")
+"""Ends of trials whose metrics Ax knows."""
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -45,8 +48,8 @@ class Sweep:
 
         trials = sorted(searcher.ended(), key=lambda each: each.index)
         spans = read_spans(storage.join(folder, ATTEMPTS))
-        observed = sum(set(space.objectives) <= set(each.metrics) for each in trials)
-        shares, fit = importance(searcher.get_state()["ax"], space, observed)
+        told = [t for t in trials if t.status in OBSERVED and set(space.objectives) <= {*t.metrics}]
+        shares, fit = importance(searcher.get_state()["ax"], space, len(told))
         front = sorted(searcher.front(), key=lambda each: each.index)
         return cls(space, config, folder, trials, front, spans, shares, fit)
 
@@ -73,6 +76,8 @@ class Sweep:
 def write_report(folder: str, space: SearchSpace, config: Config, searcher: AxSearcher) -> str:
     """Write it; a summary for the terminal."""
     sweep = Sweep.read(folder, space, config, searcher)
+    for each in sweep.trials:  # an earlier front may have been another one
+        storage.remove(sweep.best_file(each))
     for each in sweep.front:
         storage.write_text(sweep.best_file(each), config.override(each.overrides).dump())
     told = summary(sweep)

@@ -25,6 +25,10 @@ SPACE = SearchSpace.load_text(
                 "stages.stage2.optimizer.type": {"choice": ["muon", "adamw"]},
             },
             "objectives": {"loss": "minimize"},
+            "start": [
+                {"stages.stage2.optimizer.lr": lr, "stages.stage2.optimizer.type": kind}
+                for lr, kind in ((0.25, "muon"), (0.75, "muon"), (0.5, "adamw"), (1.0, "adamw"))
+            ],
             "num_trials": 4,
             "sobol_trials": 4,
         }
@@ -125,7 +129,7 @@ def test_trials_of_tune_are_told_and_timed(
     """As lines; then another sweep on a terminal of its own, as a table that is drawn again."""
     searcher = sweep(tmp_path / "lines")
     out, found = capfd.readouterr().out, searcher.ended()
-    assert len(found) == 4 and {each.status for each in found} == {"completed", "failed"}
+    assert len(found) == 4 and sum(each.status == "failed" for each in found) == 1
     for each in found:
         why = " (RuntimeError: as it was to be)" if each.status == "failed" else ""
         assert f"trial {each.index} {each.status}{why} at " in out
