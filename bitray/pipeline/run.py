@@ -40,7 +40,6 @@ from bitray.pipeline.plan import (
     check_resources,
     expected,
     outline,
-    reserved_cpus,
     resources,
 )
 from bitray.pipeline.report import Table
