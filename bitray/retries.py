@@ -24,6 +24,7 @@ _FORBIDDEN = re.compile(
     re.IGNORECASE,
 )
 _FINAL = re.compile(r"NO_SUCH|NOT_FOUND|HTTP (status|code) (400|404|412)", re.IGNORECASE)
+_PLACE = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 _patience = 600.0
 _failing: dict[int, str] = {}
 """Thread -> the error of the call that it is trying again."""
@@ -67,7 +68,7 @@ def retried(uri: str, call: Callable[[], T]) -> T:
         _failing[thread] = reason
 
     attempts = Retrying(
-        retry=retry_if_exception(_passes),
+        retry=retry_if_exception(may_pass),
         stop=stop_before_delay(_patience),
         wait=wait_random_exponential(multiplier=0.2, max=LONGEST_WAIT_S),
         before_sleep=note,
@@ -77,7 +78,7 @@ def retried(uri: str, call: Callable[[], T]) -> T:
         return attempts(call)
     except OSError as error:
         reason = _first_line(error)
-        if _passes(error):
+        if may_pass(error):
             waited = time.monotonic() - began
             raise StorageGone(
                 f"{uri}: the storage has not answered for {waited:.0f} s ({reason}); "
@@ -93,9 +94,9 @@ def retried(uri: str, call: Callable[[], T]) -> T:
         _failing.pop(thread, None)
 
 
-def _passes(error: BaseException) -> bool:
+def may_pass(error: BaseException) -> bool:
     """Whether an error may be gone at the next try; errors with a number are this machine's."""
-    if not isinstance(error, OSError) or error.errno is not None:
+    if not isinstance(error, OSError) or isinstance(error, _PLACE) or error.errno is not None:
         return False
     text = _first_line(error)
     return not (_FORBIDDEN.search(text) or _FINAL.search(text))

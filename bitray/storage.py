@@ -125,7 +125,7 @@ def list_dirs(uri: str) -> list[str]:
 
 def open_input(uri: str) -> io.BufferedReader:
     """A seekable binary file; remote ones are read ahead in big pieces."""
-    filesystem, path = _locate(uri)
+    filesystem, path = located(uri)
     try:
         if isinstance(filesystem, pafs.LocalFileSystem):
             return open(path, "rb")
@@ -189,7 +189,7 @@ def create(uri: str, data: bytes) -> bool:
     we look whether it is still ours: two that begin within that moment are told apart, and one that
     lost longer than that between looking and writing takes the name from who thought to have it.
     """
-    filesystem, path = _locate(_writable(uri))
+    filesystem, path = located(_writable(uri))
     if isinstance(filesystem, pafs.LocalFileSystem):
         return _link(Path(path), data)
     if exists(uri):
@@ -221,7 +221,7 @@ def download_tree(uri: str, local: str) -> None:
 
 def remove(uri: str) -> None:
     """Remove a file or a whole folder; what is not there is no error."""
-    filesystem, path = _locate(_writable(uri))
+    filesystem, path = located(_writable(uri))
     if path.strip("/").count("/") < 1:
         raise UserError(f"{uri}: refusing to remove a whole bucket or a folder of the root")
     if isinstance(filesystem, pafs.LocalFileSystem):
@@ -274,6 +274,9 @@ class _RemoteFile(io.RawIOBase):
         self._at += len(found)
         return len(found)
 
+    def readall(self) -> bytes:
+        return b"".join(iter(lambda: self.read(_CHUNK) or b"", b""))  # by default 8 kB at a time
+
     def close(self) -> None:
         if not self.closed:
             self._file.close()
@@ -304,7 +307,8 @@ def _writable(uri: str) -> str:
     return uri
 
 
-def _locate(uri: str) -> tuple[pafs.FileSystem, str]:
+def located(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The file system of a URI, and the path in it."""
     scheme, path = _split(uri)
     match scheme:
         case "hf":
@@ -322,7 +326,7 @@ def _locate(uri: str) -> tuple[pafs.FileSystem, str]:
 
 def _asked(uri: str, call: Callable[[pafs.FileSystem, str], T]) -> T:
     """What the file system of `uri` answers; object storage is asked again where it fails."""
-    filesystem, path = _locate(uri)
+    filesystem, path = located(uri)
     if isinstance(filesystem, pafs.S3FileSystem | pafs.GcsFileSystem):
         return retried(uri, lambda: call(filesystem, path))
     return call(filesystem, path)
@@ -393,7 +397,7 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 
 def _missing(uri: str) -> UserError:
     """The sentence for a path that is not there: the first part that fails, and what is like it."""
-    filesystem, path = _locate(uri)
+    filesystem, path = located(uri)
     if filesystem.get_file_info(path).type == pafs.FileType.Directory:
         return UserError(f"{uri}: is a folder, where a file is wanted")
     parent, _, name = path.rpartition("/")
@@ -407,7 +411,7 @@ def _missing(uri: str) -> UserError:
 
 
 def _store(source: io.BufferedIOBase, uri: str) -> None:
-    filesystem, path = _locate(_writable(uri))
+    filesystem, path = located(_writable(uri))
     if isinstance(filesystem, pafs.LocalFileSystem):
         with _temporary(Path(path), source) as temporary:
             os.replace(temporary, path)

@@ -94,8 +94,9 @@ def _writers(run_dir: str, events: list[Event]) -> Iterator[str]:
     """Invariant 4, as far as events tell it."""
     newest, begins = lease.newest_epoch(run_dir), dict[int, float]()
     for event in events:
-        if event["epoch"] > newest:
-            yield f"{event['file']}: epoch {event['epoch']} was never leased; the newest is {newest}"
+        epoch = event["epoch"]
+        if epoch > newest:
+            yield f"{event['file']}: epoch {epoch} was never leased; the newest is {newest}"
         if event["kind"] == "lease":
             if event["epoch"] in begins:
                 yield f"{event['file']}: epoch {event['epoch']} has two drivers"
@@ -118,9 +119,9 @@ def _checkpoints(root: str, events: list[Event]) -> Iterator[str]:
     """Invariant 2: what counts is whole, and nothing went before a newer one was there."""
     known_bad = {event["directory"] for event in events if event["kind"] == "passed_over"}
     for directory in storage.list_dirs(root):
-        if checkpoint.is_complete(directory) and directory not in known_bad:
-            if problem := checkpoint.verify(directory):
-                yield problem
+        counts = checkpoint.is_complete(directory) and directory not in known_bad
+        if counts and (problem := checkpoint.verify(directory)):
+            yield problem
     saved = {event["directory"] for event in events if event["kind"] == "checkpoint"}
     for event in events:
         if event["kind"] == "removed" and event["newest"] not in saved:
@@ -235,8 +236,8 @@ def _journal(uri: str, values: Mapping[str, Any], newest: int) -> Iterator[str]:
         least = (entry["step"] + stage["lead"]) * size
         if entry["first_row"] < least:
             yield (
-                f"{where}: decided at step {entry['step']}, it holds from row {entry['first_row']}, "
-                f"before row {least}: tickets may have been issued"
+                f"{where}: decided at step {entry['step']}, it holds from row "
+                f"{entry['first_row']}, before row {least}: tickets may have been issued"
             )
         shares = np.array(entry["weights"]) / UNIT
         changed = entry["version"] > before["version"]

@@ -41,7 +41,7 @@ class Document(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------- known keys
-# A table maps a key to the table of what lies below it; None is any value, WORD one without anything
+# A table maps a key to the table of what lies below it; None is any value, WORD one with nothing
 # below it, a tuple the values that are known, a list of one table a list of such. A key that ends
 # in ! has to be there.
 
@@ -178,7 +178,7 @@ def _of_schema(schema: Mapping[str, Any]) -> Any:
         return {key: _of_schema(below) for key, below in schema["properties"].items()}
     if schema.get("$ref") == "#/definitions/commands":
         return [None]
-    return {"object": ANY, "array": None}.get(schema.get("type", "array"), WORD)
+    return {"object": ANY, "array": None}.get(str(schema.get("type", "array")), WORD)
 
 
 # What KubeRay 1.5 (ray.io/v1) and Kubernetes know of what a cluster of ours may say.

@@ -17,7 +17,9 @@ import os
 import re
 import shlex
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
@@ -27,6 +29,7 @@ from bitray.settings import UserError
 
 STOP_SECONDS = "300"
 """What `ray job stop` leaves a run for its last checkpoint; Ray's own: 3."""
+START_SECONDS = 90.0
 
 
 def run_name(job: str, words: list[str]) -> str:
@@ -52,6 +55,18 @@ def attempt_of(client: JobSubmissionClient, name: str) -> int:
                     f"`ray job stop {job.submission_id}` ends it with a checkpoint"
                 )
     return max(attempts) + 1
+
+
+def submitted(client: JobSubmissionClient, **job: Any) -> str:
+    """Submit a job; its id. A cluster that has just started has nobody yet who takes it."""
+    end = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            return str(client.submit_job(**job))
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > end:
+                raise
+            time.sleep(1)
 
 
 async def follow(client: JobSubmissionClient, submission: str) -> int:
@@ -84,7 +99,8 @@ def main() -> int:
         "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": STOP_SECONDS, "PYTHONUNBUFFERED": "1"} | variables,
         **({"py_executable": said.python} if said.python else {}),
     }
-    submission = client.submit_job(
+    submission = submitted(
+        client,
         entrypoint=shlex.join([said.python or "python", said.job, *said.words]),
         submission_id=f"{name}-{attempt}",
         runtime_env=runtime,

@@ -1,23 +1,21 @@
 """What a checkpoint promises: whole or not counted, readable on any number of ranks, never code."""
 
-import builtins
 import hashlib
-import io
 import json
-import os
 import pickle
 import resource
 import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from faults import finished
 
 from bitray import checkpoint, storage
 from bitray.safe_reader import parse_metadata
@@ -236,43 +234,6 @@ def test_nothing_is_removed_before_a_newer_one_verifies(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------- crashes
 
 
-def exit_at(call: int) -> None:
-    """Leave the process, as a kill would, at the `call`-th change it makes to the file system."""
-    left = [call]
-
-    def counted(change: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            left[0] -= 1
-            if left[0] == 0:
-                os._exit(9)
-            return change(*args, **kwargs)
-
-        return wrapper
-
-    for name in ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir"):
-        setattr(os, name, counted(getattr(os, name)))
-    opened = builtins.open
-    counted_open = counted(opened)
-    io.open = builtins.open = lambda file, mode="r", *args, **kwargs: (  # type: ignore[assignment]
-        opened if mode in ("r", "rb") else counted_open
-    )(file, mode, *args, **kwargs)
-
-
-def saved_in_child(root: Path, step: int, value: float, crash_at: int) -> bool:
-    """Whether a save came to its end that dies at a given change to the file system."""
-    child = os.fork()
-    if child == 0:
-        try:
-            exit_at(crash_at)
-            saved(root, step, value)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, 9), "the child failed in another way"
-    return status == 0
-
-
 @pytest.mark.parametrize("step", [2, 3], ids=["fresh", "over a complete one"])
 def test_a_crash_at_any_write_leaves_a_whole_checkpoint(tmp_path: Path, step: int) -> None:
     """Step 1 stands throughout; step 3 is the old one, the new one, or does not count."""
@@ -284,7 +245,7 @@ def test_a_crash_at_any_write_leaves_a_whole_checkpoint(tmp_path: Path, step: in
         crash += 1
         root = tmp_path / str(crash)
         shutil.copytree(tmp_path / "before", root)
-        done = saved_in_child(root, 3, value=3.0, crash_at=crash)
+        done = finished(lambda root=root: saved(root, 3, 3.0), crash)
         directory = checkpoint.step_directory(str(root), 3)
         if checkpoint.is_complete(directory):
             assert checkpoint.verify(directory) is None, "the marker came first or went last"

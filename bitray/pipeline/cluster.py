@@ -49,6 +49,12 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
+def reserved_cpus(scaling: Scaling, workers: int | None = None) -> float:
+    """What so many workers, or the most there may be, and the readers take."""
+    count = scaling.most if workers is None else workers
+    return count * scaling.cpus_per_worker + scaling.readers * scaling.cpus_per_reader
+
+
 def coming() -> dict[str, float]:
     """The most that an autoscaler may bring the cluster to; empty where there is none."""
     most: Any = ray._private.state.state.get_max_resources_from_cluster_config()

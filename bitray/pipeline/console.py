@@ -28,7 +28,7 @@ def console() -> Iterator[Queue]:
     finally:
         lines.put(_END)
         printer.join(timeout=5)
-        lines.shutdown()
+        lines.shutdown(force=True)  # all is printed; asked politely, it would be started again
 
 
 def _print(lines: Queue) -> None:

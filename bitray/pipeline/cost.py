@@ -87,6 +87,8 @@ class Expected:
     @property
     def hours(self) -> float | None:
         """Of training alone: start-up and side work come on top."""
+        if not self.tokens:
+            return 0.0
         return self.tokens / self.tokens_per_second / 3600 if self.tokens_per_second else None
 
     @property

@@ -14,7 +14,7 @@ from bitray.inference import Sampling, generate
 from bitray.models.convert import is_bitnet
 from bitray.models.loading import load_model, load_tokenizer
 from bitray.pipeline.config import Config
-from bitray.pipeline.cost import ESTIMATE, comparison, load
+from bitray.pipeline.cost import ESTIMATE, Expected, comparison, load
 from bitray.pipeline.folders import StageFolder
 from bitray.pipeline.report import Table, read_metrics, write_report
 from bitray.pipeline.worker import CONVERTED, ORIGINAL, read_evaluations
@@ -187,26 +187,31 @@ def taken_tables(config: Config) -> dict[str, Table]:
     rows = [(cause, f"{s:,.1f}", f"{s / total:.1%}") for cause, s in seconds.items() if s and total]
     tables = {"Goodput": Table(("cause", "seconds", "share"), rows)}
     uri = storage.join(config.run_dir, ESTIMATE)
-    if not storage.exists(uri):
-        return tables
-    stages = load(storage.read_json(uri))
-    tables["Expected and taken"] = Table(*comparison(stages, read_metrics(config.run_dir)))
-    workers = max(each.workers for each in stages.values())
-    hours, wanted = total * workers / 3600, [each.worker_hours for each in stages.values()]
-    known = None if None in wanted else sum(filter(None, wanted))
-    disk = sum(each.checkpoint_gb * each.checkpoints for each in stages.values())
-    roots = [
-        root for name in stages if storage.exists(root := StageFolder(config.run_dir, name).root)
-    ]
-    there = sum(file.size for root in roots for file in storage.list_files(root))
-    rates = config.cost.rates(config.gpu_name)
-    tables["Cost"] = Table(("", "taken", "expected"), [
-        ("worker hours", f"{hours:.2f}", "unknown" if known is None else f"{known:.2f}"),
-        *((f"$ at {who}", f"{hours * rate:,.2f}", "unknown" if known is None
-           else f"{known * rate:,.2f}") for who, rate in rates.items()),
-        ("checkpoints, GB", f"{there / 1e9:.3g}", f"at most {disk:.3g}"),
-    ])  # fmt: skip
+    if storage.exists(uri):
+        stages = load(storage.read_json(uri))
+        tables["Expected and taken"] = Table(*comparison(stages, read_metrics(config.run_dir)))
+        tables["Cost"] = _cost_table(config, stages, total)
     return tables
+
+
+def _cost_table(config: Config, stages: Mapping[str, Expected], seconds: float) -> Table:
+    """All workers are paid for all the time; those of the stage that has most of them."""
+    hours = seconds / 3600 * max(each.workers for each in stages.values())
+    each = [stage.worker_hours for stage in stages.values()]
+    known = None if None in each else sum(filter(None, each))
+    roots = (StageFolder(config.run_dir, name).root for name in stages)
+    there = [f.size for root in roots if storage.exists(root) for f in storage.list_files(root)]
+    most = sum(stage.checkpoint_gb * stage.checkpoints for stage in stages.values())
+
+    def row(name: str, rate: float) -> tuple[str, str, str]:
+        return name, f"{hours * rate:,.2f}", "unknown" if known is None else f"{known * rate:,.2f}"
+
+    rates = config.cost.rates(config.gpu_name)
+    return Table(("", "taken", "expected"), [
+        row("worker hours", 1.0),
+        *(row(f"$ at {who}", rate) for who, rate in rates.items()),
+        ("GB of checkpoints", f"{sum(there) / 1e9:.3g}", f"at most {most:.3g}"),
+    ])  # fmt: skip
 
 
 def goodput_line(run_dir: str) -> str:

@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -35,6 +36,7 @@ from bitray.pipeline.interrupt import in_thread
 from bitray.pipeline.material import RowKind
 from bitray.pipeline.plan import too_large
 from bitray.pipeline.worker import Job, work
+from bitray.retries import StorageGone, may_pass
 from bitray.settings import UserError
 
 BUNDLE = 32
@@ -157,6 +159,26 @@ def data_state(config: Config, stage: str) -> dict[str, Any] | None:
     return held
 
 
+def _storage_of(uri: str) -> dict[str, Any]:
+    """Where Ray Train keeps its own state. Of object storage it gets our file system, which knows
+    the endpoint and tries again."""
+    if not storage.is_remote(uri):
+        return {"storage_path": uri}
+    filesystem, path = storage.located(uri)
+    return {"storage_path": path, "storage_filesystem": filesystem}
+
+
+@contextmanager
+def storage_errors(run_dir: str) -> Iterator[None]:
+    """Ray Train's own failure to reach the run's storage, as the sentence that ours is."""
+    try:
+        yield
+    except Exception as error:
+        if storage.is_remote(run_dir) and any(may_pass(each) for each in causes(error)):
+            raise StorageGone(f"{run_dir}: the storage does not answer ({error})") from error
+        raise
+
+
 def fit(job: Job, scaling: Scaling) -> str | None:
     """Train the job's stages. Returns the stage in which somebody stopped it, or None at its end.
     `UserError` for what the workers found that a user can put right, and where they failed once
@@ -171,7 +193,8 @@ def fit(job: Job, scaling: Scaling) -> str | None:
         storage.remove(uri)
     while True:
         try:
-            result: Any = in_thread(_trainer(job, scaling).fit, _look_at_nodes(scaling))
+            with storage_errors(job.config.run_dir):
+                result: Any = in_thread(_trainer(job, scaling).fit, _look_at_nodes(scaling))
         except TrainingFailedError as error:
             raise UserError(_failure(job, scaling, error)) from error
         except RayActorError as error:  # Ray Train's own controller; its workers go with it
@@ -248,7 +271,7 @@ def _trainer(job: Job, scaling: Scaling) -> TorchTrainer:
         ),
         run_config=RunConfig(
             name=f"{job.fingerprint[:12]}-{'-'.join(job.stages)}",
-            storage_path=storage.join(job.config.run_dir, "ray_train"),
+            **_storage_of(storage.join(job.config.run_dir, "ray_train")),
             failure_config=FailureConfig(**limits),
         ),
         datasets={

@@ -25,8 +25,8 @@ from bitray.models.loading import (
 from bitray.models.low_rank import add_corrections, train_corrections_only
 from bitray.models.mask_token import set_mask_token
 from bitray.nn import bit_linears, rank_of
-from bitray.pipeline.cluster import coming
-from bitray.pipeline.config import Config, Scaling
+from bitray.pipeline.cluster import coming, reserved_cpus
+from bitray.pipeline.config import Config
 from bitray.pipeline.cost import Expected, duration, money
 from bitray.pipeline.folders import named_checkpoint, stage_folder
 from bitray.pipeline.remix import schedule_of_mixture
@@ -58,7 +58,7 @@ def check_resources(config: Config, held: Mapping[str, float]) -> None:
     for name in config.stages:
         scaling = config.scaling_of(name)
         teacher = _actors(config, name)
-        cpus, gpus = needed(config, name)
+        cpus, gpus = needed(config, name, scaling.fewest)
         beside = f" + {teacher.count} teachers x {teacher.cpus:g}" if teacher else ""
         if cpus > held.get("CPU", 0.0):
             raise UserError(
@@ -76,16 +76,12 @@ def check_resources(config: Config, held: Mapping[str, float]) -> None:
             )
 
 
-def reserved_cpus(scaling: Scaling) -> float:
-    """What workers and readers take."""
-    workers = scaling.most * scaling.cpus_per_worker
-    return workers + scaling.readers * scaling.cpus_per_reader
-
-
-def needed(config: Config, stage: str) -> tuple[float, float]:
-    """CPUs and GPUs of a stage's workers, readers and teachers."""
+def needed(config: Config, stage: str, workers: int | None = None) -> tuple[float, float]:
+    """CPUs and GPUs of so many workers of a stage, or the most there may be, with its readers and
+    teachers."""
     scaling, teacher = config.scaling_of(stage), _actors(config, stage)
-    cpus, gpus = reserved_cpus(scaling), scaling.gpus
+    count = scaling.most if workers is None else workers
+    cpus, gpus = reserved_cpus(scaling, count), count * scaling.per_worker.get("GPU", 0.0)
     if teacher:
         cpus += teacher.count * teacher.cpus
         gpus += teacher.count * teacher.gpus
@@ -303,12 +299,11 @@ def plan(config: Config) -> str:
         f"export    {', '.join(config.export.gguf) or 'no GGUF'}"
         + (", huggingface" if config.export.huggingface else ""),
         f"storage   up to {checkpoints:.3g} GB of checkpoints",
+        *_bill(config, stages),
         "",
         Table(header, rows).text(),
         *remixes,
         *filter(None, (idle_turns(config, name) for name in config.stages)),
-        "",
-        _bill(config, stages).text(),
         "",
         "nothing was trained (--dry-run)",
     ]
@@ -338,18 +333,21 @@ def _row(config: Config, name: str, each: Expected) -> tuple[str, ...]:
     )
 
 
-def _bill(config: Config, stages: Mapping[str, Expected]) -> Table:
+def _bill(config: Config, stages: Mapping[str, Expected]) -> list[str]:
     """Time and price of the stages that take steps, whatever is done of them already."""
-    rates = config.cost.rates(config.gpu_name)
-    rows = []
+    prices = config.cost.rates(config.gpu_name)
+    lines = []
     for name, each in stages.items():
+        rate, hours = each.tokens_per_second, each.worker_hours
         if not each.tokens:
             continue
-        rate = each.tokens_per_second
-        price = money(each.worker_hours, rates) if each.worker_hours is not None else ""
-        shown = "unknown" if rate is None else f"{rate:,.0f}"
-        rows.append((name, shown, each.how, duration(each.hours), price or "no price known"))
-    return Table(("time and price", "tokens/s", "", "training", "price"), rows)
+        if rate is None or hours is None:
+            lines.append(f"time      {name}: unknown; {each.how}")
+            continue
+        price = money(hours, prices) or "no price known"
+        told = f"{rate:,.0f} tokens/s ({each.how}), {duration(each.hours)} of steps"
+        lines.append(f"time      {name}: {told}, {price}")
+    return lines
 
 
 def expected(config: Config, model: PreTrainedModel) -> dict[str, Expected]:
@@ -388,7 +386,7 @@ def _assumed_rate(
         gpu = torch.cuda.get_device_name()
     peak = cost.planned_flops((cost.gpu or gpu) if scaling.use_gpu else None)
     if peak is None:
-        return None, "probe=true measures"
+        return None, "probe=true measures it"
     each = flops_per_token(model.config, parameters, config.stages[name].max_seq_length)
     return scaling.most * cost.mfu * peak / each, f"assumed, at {cost.mfu:.0%} of the peak"
 

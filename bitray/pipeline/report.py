@@ -58,6 +58,8 @@ PICTURES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("Influence of sources on probes", ("influence/score_*",), "score"),
     ("Loss by source", ("mixture/loss_*",), "nats"),
     ("Throughput", ("train/tokens_per_second",), "tokens/s"),
+    ("Model FLOPs utilisation", ("train/mfu",), "share of the peak"),
+    ("Goodput: the run's time, by cause", ("goodput/share_*",), "share of the time so far"),
     ("Gradient norm", ("train/grad_norm",), ""),
 )
 """Title, patterns of metric names, unit."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 from ray.util.queue import Queue
+from transformers import PreTrainedModel
 
 from bitray import lease, storage
 from bitray.data.actor import mixture_actor
@@ -19,10 +20,10 @@ from bitray.events import FOLDER, Events
 from bitray.lease import Claim
 from bitray.pipeline.batch_size import sized
 from bitray.pipeline.cli import causes, sentence
-from bitray.pipeline.cluster import preflight
+from bitray.pipeline.cluster import preflight, reserved_cpus
 from bitray.pipeline.config import Config, Scaling
 from bitray.pipeline.console import console
-from bitray.pipeline.cost import ESTIMATE, Expected, dump
+from bitray.pipeline.cost import ESTIMATE, dump
 from bitray.pipeline.finish import Result, finish
 from bitray.pipeline.fit import check_enough, fit, groups, grown, streams
 from bitray.pipeline.folders import skipped_by_name, stage_folder
@@ -40,7 +41,6 @@ from bitray.pipeline.plan import (
     check_resources,
     expected,
     outline,
-    reserved_cpus,
     resources,
 )
 from bitray.pipeline.report import Table
@@ -64,7 +64,6 @@ def run(config: Config) -> Result:
     began, config = time.time(), located(config)
     inputs_of(config.data)
     model = outline(config)
-    wanted = expected(config, model)
     check_model(config, model, named_tokenizer(config))
     with (
         patient(START_PATIENCE_S),
@@ -73,14 +72,15 @@ def run(config: Config) -> Result:
         audited(held) as events,
         ray_session(),
     ):
-        return _run(config, held, events, wanted, began)
+        return _run(config, held, events, model, began)
 
 
 def _run(
-    config: Config, held: Claim, events: Events, wanted: Mapping[str, Expected], began: float
+    config: Config, held: Claim, events: Events, model: PreTrainedModel, began: float
 ) -> Result:
     check_resources(config, resources())
     preflight(config)
+    wanted = expected(config, model)  # once it is known that a probe finds its place
     material = Material(config, tokenizer_of(config))
     if config.resume.fresh:
         _check_held_out(material.open())  # nothing goes for a run that cannot begin

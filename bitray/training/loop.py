@@ -260,9 +260,7 @@ class Loop:
 
     def _compare(self, own_work: list[float]) -> None:
         """Name a worker that is slow."""
-        window = self.window
-        since = (time.perf_counter() - window.started) / max(window.steps, 1)
-        slow = self.stragglers.note(own_work, since)
+        slow = self.stragglers.note(own_work, self.own_work.step_seconds)
         if slow and world()[0] == 0:
             self.say(f"{self.stage:<9} step {self.position.step}: {slow}")
 

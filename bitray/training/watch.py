@@ -25,8 +25,8 @@ STEPS = 10
 """Over which the workers' own work is compared."""
 SLOWER = 1.5
 """A worker is slow if its own work takes so many times that of the others, and"""
-SHARE = 0.1
-"""if the difference is this share of a step."""
+SHARE, LEAST = 0.1, 0.02
+"""if the difference is this share of a step, and more seconds than noise."""
 
 
 class Watchdog:
@@ -95,6 +95,8 @@ class OwnWork:
     model: LossModel | None
     """None: what happens in its layers is not measured."""
     device: torch.device
+    step_seconds: float = 0.0
+    """From the beginning of the last step to that of this one."""
     _began: float = field(default_factory=time.perf_counter)
     _inside: list[tuple[Any, Any]] = field(default_factory=list)
     _layers: float = 0.0
@@ -107,7 +109,8 @@ class OwnWork:
 
     def begin(self) -> None:
         """A step begins."""
-        self._began = time.perf_counter()
+        before, self._began = self._began, time.perf_counter()
+        self.step_seconds = self._began - before
         self._inside.clear()
 
     def seconds(self) -> float:
@@ -156,7 +159,7 @@ class Stragglers:
         slowest = max(range(len(found)), key=lambda rank: found[rank])
         others = statistics.median(found[:slowest] + found[slowest + 1 :])
         late = found[slowest] - others
-        if found[slowest] < SLOWER * others or late < SHARE * step_seconds:
+        if found[slowest] < SLOWER * others or late < max(SHARE * step_seconds, LEAST):
             self.named.clear()
             return None
         if slowest in self.named:

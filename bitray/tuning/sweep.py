@@ -33,6 +33,8 @@ SPACE = "space.yaml"
 """Of a sweep's folder: what it searches, with the words of the command line."""
 ESSENCE = {"parameters", "constraints", "objectives", "outcome_constraints"}
 """What makes a space another one; of the rest more may be asked later."""
+DRIVER = {"memory": 2.0**20}
+"""What the process of a trial asks for: it only waits, and all CPUs are for workers and readers."""
 RETRIES = 2
 """Of a trial that fails for no fault of its settings; it goes on where it stood."""
 
@@ -130,7 +132,7 @@ def _tuner(
         print(f"note: the cluster holds {most} trials at a time, not {space.max_concurrent}")
     shared = config.override({"data.prepared_dir": prepared_root(config)})
     return tune.Tuner(
-        tune.with_resources(tune.with_parameters(trial, config=shared, base=base), {"CPU": 0.01}),
+        tune.with_resources(tune.with_parameters(trial, config=shared, base=base), DRIVER),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=scheduler_of(searcher, config, base),

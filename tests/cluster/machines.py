@@ -18,10 +18,8 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "0123456789abcdef" * 4
-SECONDS = 400.0
+SECONDS = 600.0
 """Until something has to have happened; machines are crowded."""
-RAYS_OWN = {"_AutoscalingCoordinatorActor", "TrainStateActor", "_StatsActor", "JobSupervisor"}
-"""Actors that Ray keeps for a cluster."""
 
 
 def wait_for(what: Callable[[], Any], seconds: float = SECONDS, why: str = "") -> Any:
@@ -43,7 +41,7 @@ class Machines:
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_TMPDIR": str(self.folder),
             "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}",
             "RAY_health_check_initial_delay_ms": "2000", "RAY_health_check_period_ms": "1000",
-            "RAY_health_check_timeout_ms": "5000", **variables,
+            "RAY_health_check_timeout_ms": "20000", "RAY_worker_niceness": "0", **variables,
         }  # fmt: skip
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).parent / "nodes.py")],
@@ -66,10 +64,19 @@ class Machines:
     def add(self, **node: Any) -> int:
         """Start a node; its number."""
         head = {} if self.raylets else {"include_dashboard": True, "dashboard_port": 0}
-        answer = self._say(add={"object_store_memory": 150_000_000, **head, **node})
+        labels = {**node.pop("labels", {}), "name": f"node{len(self.raylets)}"}
+        answer = self._say(
+            add={"object_store_memory": 150_000_000, "labels": labels, **head, **node}
+        )
         self.raylets.append(answer["pid"])
         self.url, self.address = f"http://{answer['dashboard']}", answer["address"]
         return len(self.raylets) - 1
+
+    def id_of(self, node: int) -> str:
+        """What Ray calls a node."""
+        nodes = self.get("/api/v0/nodes?detail=1")["data"]["result"]["result"]
+        (found,) = [n["node_id"] for n in nodes if n["labels"].get("name") == f"node{node}"]
+        return str(found)
 
     def kill(self, node: int) -> None:
         """SIGKILL all processes of a node."""
@@ -157,11 +164,23 @@ class Machines:
         victim.send_signal(signal.SIGKILL)
         return int(victim.pid)
 
+    def clean(self) -> None:
+        """Wait until jobs have left nothing behind."""
+        end = time.monotonic() + 120
+        while found := self.leaks():
+            assert time.monotonic() < end, f"still there: {found}"
+            time.sleep(0.5)
+
     def leaks(self) -> list[str]:
         """Actors, placement groups and processes of jobs that are still there."""
-        actors = self.get("/api/v0/actors?limit=10000")["data"]["result"]["result"]
+        actors = self.get("/api/v0/actors?limit=10000&detail=1")["data"]["result"]["result"]
         groups = self.get("/api/v0/placement_groups?limit=10000")["data"]["result"]["result"]
-        alive = {each["class_name"] for each in actors if each["state"] != "DEAD"} - RAYS_OWN
+        alive = {
+            each["class_name"]
+            for each in actors
+            if each["state"] != "DEAD"
+            and (not each["is_detached"] or each["class_name"] == "PlacementGroupCleaner")
+        }
         held = [each["state"] for each in groups if each["state"] != "REMOVED"]
         names = ("jobs/pretrain.py", "RayTrainWorker", "MixtureActor", "TrainController", "_Queue")
         running = [name for name in names if self.processes(name)]

@@ -11,6 +11,20 @@ import os
 import sys
 from typing import Any
 
+TRIES = 5
+"""Ray gives a node that starts 30 s, which crowded machines do not always keep."""
+
+
+def added(cluster: Any, given: dict[str, Any]) -> Any:
+    """A node more."""
+    for left in reversed(range(TRIES)):
+        try:
+            return cluster.add_node(**given)
+        except Exception:
+            if not left:
+                raise
+    return None
+
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -22,7 +36,7 @@ def main() -> None:
         what, given = next(iter(json.loads(line).items()))
         answer: dict[str, Any] = {}
         if what == "add":
-            nodes.append(cluster.add_node(**given))
+            nodes.append(added(cluster, given))
             raylet = nodes[-1].all_processes["raylet"][0].process
             answer = {"pid": raylet.pid, "address": cluster.address}
             answer["dashboard"] = cluster.webui_url

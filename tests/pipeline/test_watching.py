@@ -68,8 +68,8 @@ def prometheus(folder: Path, scraped: str) -> Iterator[Callable[[str], list[Any]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = ["prometheus", f"--config.file={folder}/prometheus.yml",
-             f"--storage.tsdb.path={folder}/db", f"--web.listen-address=127.0.0.1:{port}"]  # fmt: skip
+    places = f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/db"
+    words = ["prometheus", *places, f"--web.listen-address=127.0.0.1:{port}"]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(words, stdout=log, stderr=log)
 
@@ -108,6 +108,7 @@ def test_a_run_is_seen_by_prometheus(configured: Callable[..., Config], tmp_path
     """A metric that a panel asks for and nobody exports would be an empty panel for ever. A peak is
     given, for a CPU has none and no utilisation without."""
     import ray
+    from ray.train.v2._internal.state.state_actor import get_state_actor
 
     config = configured("watched", "cost.peak_tflops=0.05", "training.log_every=2")
     target = f"127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}"
@@ -121,5 +122,7 @@ def test_a_run_is_seen_by_prometheus(configured: Callable[..., Config], tmp_path
         assert sum(last.values()) == pytest.approx(1, abs=1e-6) and last["productive"] > 0
         workers = ask("count by (worker) (last_over_time(ray_bitray_worker_own_seconds[1h]))")
         assert {each["metric"]["worker"] for each in workers} == {"0", "1"}
+        runs = ray.get(get_state_actor().get_train_runs.remote()).values()
+        assert any(each.name.endswith("stage2") for each in runs), "the dashboard's Train tab"
         sources = ask("count by (source) (last_over_time(ray_bitray_mixture_share[1h]))")
         assert {each["metric"]["source"] for each in sources} == set(config.data.sources)

@@ -15,13 +15,14 @@ from typing import Any
 import psutil
 import pytest
 
-from bitray import Config, storage
-from bitray.pipeline.folders import config_of
+from bitray import storage
 from bitray.pipeline.report import read_metrics
 from bitray.tuning.experiment import from_json
+from bitray.tuning.trial import trial_name
 
 ROOT = Path(__file__).parents[2]
 SPACE = str(ROOT / "search_spaces" / "demo.yaml")
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(3600)]
 PATIENCE = 900.0
 """Seconds until something has to happen, on a machine with much else to do."""
 
@@ -31,6 +32,9 @@ def environment() -> Iterator[dict[str, str]]:
     """A Ray of its own for the processes of a test, in a short folder, for the sockets in it."""
     folder = tempfile.mkdtemp(prefix="bt", dir="/tmp")
     yield {**os.environ, "RAY_TMPDIR": folder, "RAY_AUTH_MODE": "token"}
+    for each in psutil.Process().children():
+        if any(job in " ".join(each.cmdline()) for job in ("tune.py", "three_nodes.py")):
+            each.kill()  # of a test that failed; what it started goes with it
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -62,6 +66,18 @@ def processes(driver: psutil.Popen, title: str) -> list[psutil.Process]:
     return found
 
 
+def writers(driver: psutil.Popen) -> list[psutil.Process]:
+    """Workers that train: those that hold metrics open."""
+    found = []
+    for each in driver.children(recursive=True):
+        try:
+            if any(Path(file.path).name == "metrics.jsonl" for file in each.open_files()):
+                found.append(each)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
 def ended(folder: Path) -> dict[int, list[Any]]:
     file = folder / "demo" / "searcher.json"
     return dict(json.loads(file.read_text())["ended"]) if file.exists() else {}
@@ -73,14 +89,12 @@ def advanced(folder: Path) -> list[Path]:
     return sorted({path.parents[3] for path in found})
 
 
-@pytest.mark.ray
-@pytest.mark.slow
 def test_a_sweep_that_is_hit_by_everything(tmp_path: Path, environment: dict[str, str]) -> None:
     """A worker, a trial and the driver are killed, one trial diverges, some are stopped early: no
     trial that ended runs again, and the best configuration reproduces its score."""
     driver = begun(tmp_path, environment)
     wait_for(lambda: advanced(tmp_path), driver, tmp_path)
-    [worker, *_] = wait_for(lambda: processes(driver, "RayTrainWorker"), driver, tmp_path)
+    [worker, *_] = wait_for(lambda: writers(driver), driver, tmp_path)
     worker.kill()
     wait_for(lambda: ended(tmp_path), driver, tmp_path)
     wait_for(lambda: advanced(tmp_path), driver, tmp_path)
@@ -95,8 +109,7 @@ def test_a_sweep_that_is_hit_by_everything(tmp_path: Path, environment: dict[str
 
     before = ended(tmp_path)
     overrides = dict(json.loads((tmp_path / "demo" / "searcher.json").read_text())["overrides"])
-    by_sample = {str(settings(run, overrides[1])): run for run in tmp_path.glob("demo/trials/*")}
-    runs = {n: by_sample[str(overrides[n])] for n in before}
+    runs = {n: tmp_path / "demo" / "trials" / trial_name(overrides[n]) for n in before}
     records = {n: (run / "metrics.jsonl").read_bytes() for n, run in runs.items()}
     driver = begun(tmp_path, environment)
     assert driver.wait(PATIENCE) == 0, (tmp_path / "driver.log").read_text()[-3000:]
@@ -118,19 +131,6 @@ def test_a_sweep_that_is_hit_by_everything(tmp_path: Path, environment: dict[str
     assert score_of_best(tmp_path, environment) == pytest.approx(min(losses.values()), abs=1e-6)
 
 
-def settings(run: Path, like: dict[str, Any]) -> dict[str, Any]:
-    """What a trial's configuration says of the searched settings."""
-    config = config_of(str(run))
-    return {path: at(config, path) for path in like}
-
-
-def at(config: Config, path: str) -> Any:
-    node: Any = config
-    for part in path.split("."):
-        node = node[part] if isinstance(node, dict) else getattr(node, part)
-    return node
-
-
 def score_of_best(folder: Path, environment: dict[str, str]) -> float:
     """Held-out loss of the configuration that a sweep found, run by itself."""
     best = str(folder / "demo" / "best.yaml")
@@ -145,8 +145,6 @@ def score_of_best(folder: Path, environment: dict[str, str]) -> float:
     return sum(losses) / len(losses)
 
 
-@pytest.mark.ray
-@pytest.mark.slow
 def test_a_sweep_in_object_storage(tmp_path: Path, s3: str, environment: dict[str, str]) -> None:
     """Stages in common are found there by all trials; nothing is kept on local disks."""
     words = [
@@ -168,8 +166,6 @@ def test_a_sweep_in_object_storage(tmp_path: Path, s3: str, environment: dict[st
     assert [path.name for path in tmp_path.iterdir()] == ["driver.log"]
 
 
-@pytest.mark.ray
-@pytest.mark.slow
 def test_three_nodes_of_which_one_goes(tmp_path: Path, environment: dict[str, str]) -> None:
     """Trials spread; a lost node costs its trial what it did after its last checkpoint and others
     nothing; resources of what was stopped are back within 20 s; nothing is left at the end."""
@@ -182,9 +178,11 @@ def test_three_nodes_of_which_one_goes(tmp_path: Path, environment: dict[str, st
     assert done.returncode == 0, done.stderr[-3000:]
     [line] = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
     found = json.loads(line.removeprefix("FOUND "))
-    assert (found["nodes"], found["beside"], found["lost"]) == (3, 3, True)
-    hit = [name for name, (lines, same) in found["kept"].items() if same < lines]
+    print(json.dumps(found, indent=1))
+    assert (found["nodes"], found["beside"]) == (3, 3)
     again = [name for name, opened in found["generations"].items() if max(opened) > 1]
-    assert len(again) <= 1 and set(hit) <= set(again)
+    assert again == [found["lost"]]
+    for name, (lines, same) in found["kept"].items():
+        assert same == lines or (name == found["lost"] and same > 0)
     assert found["freed"] and not found["not_freed"] and max(found["freed"]) <= 20
     assert found["released"] < 60 and found["gone"] < 60, found["alive"]

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray import tune
 from ray.cluster_utils import Cluster
@@ -33,7 +34,16 @@ def groups() -> dict[str, list[str]]:
 
 
 def checkpoints(run: Path) -> int:
-    return len(list(run.glob("stage*_checkpoint/checkpoints/*/COMPLETE")))
+    return len(list(run.glob("stage2_checkpoint/checkpoints/step_*/COMPLETE")))
+
+
+def trial_of(pid: int) -> str | None:
+    """The trial whose metrics a process writes."""
+    try:
+        files = [Path(file.path) for file in psutil.Process(pid).open_files()]
+    except psutil.NoSuchProcess:
+        return None
+    return next((f.parent.name for f in files if f.name == "metrics.jsonl"), None)
 
 
 def generations(run: Path) -> list[int]:
@@ -64,20 +74,20 @@ class Watch(threading.Thread):
                     self.stops.remove((since, there))
                     self.freed.append(time.monotonic() - since)
             if not self.lost and len(self.spread) == 3:
-                self.lose(here)
+                self.lose()
             time.sleep(0.5)
 
-    def lose(self, here: dict[str, list[str]]) -> None:
-        """Remove a node on which a trial trains that has left a checkpoint."""
-        running = [run for run in self.trials.iterdir() if checkpoints(run)]
-        head = self.cluster.head_node.node_id
-        taken = [node for nodes in here.values() for node in nodes if node != head]
-        if len(running) < 3 or not taken:
+    def lose(self) -> None:
+        """Remove a node on which a trial trains that has left a checkpoint of Stage 2."""
+        nodes = {node.node_id: node for node in self.cluster.worker_nodes}
+        for worker in list_actors(filters=[("class_name", "=", "RayTrainWorker")]):
+            run = self.trials / (trial_of(worker.pid) or "none")
+            if worker.state != "ALIVE" or worker.node_id not in nodes or not checkpoints(run):
+                continue
+            files = self.trials.glob("*/metrics.jsonl")
+            self.lost = {"trial": run.name, "before": {f.parent.name: f.read_text() for f in files}}
+            self.cluster.remove_node(nodes[worker.node_id], allow_graceful=False)
             return
-        before = {run.name: (run / "metrics.jsonl").read_text() for run in running}
-        node = next(n for n in self.cluster.worker_nodes if n.node_id == taken[0])
-        self.cluster.remove_node(node, allow_graceful=False)
-        self.lost = {"node": taken[0], "before": before}
 
 
 class Stopped(tune.Callback):
@@ -135,7 +145,7 @@ def main() -> None:
     said = {
         "beside": watch.beside,
         "nodes": len(watch.spread),
-        "lost": bool(watch.lost),
+        "lost": watch.lost.get("trial"),
         "freed": watch.freed,
         "not_freed": len(watch.stops),
         "released": released,

@@ -1,0 +1,126 @@
+"""Runs whose storage, numbers or owners fail: each ends as an undisturbed one does, or stops with a
+sentence and is continued by the same command."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from flaky_s3 import FlakyS3
+from road import TRAINED, Road, differing, weights
+
+from bitray import checkpoint, storage
+from bitray.retries import patient
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from audit_run import audit  # noqa: E402
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+def driven(words: list[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
+    """The job as a user starts it."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "jobs" / "pretrain.py"), *words],
+        stdout=log.open("ab"), stderr=subprocess.STDOUT, start_new_session=True,
+        env={**inherited, **environment},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def proxy(s3_server: str, s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyS3]:
+    proxy = FlakyS3(s3_server)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
+    yield proxy
+    proxy.close()
+
+
+def test_a_run_survives_storage_that_fails_and_storage_that_is_gone(
+    road: Road, words: Callable[..., list[str]], proxy: FlakyS3, s3: str, tmp_path: Path
+) -> None:
+    """30 % of all requests fail throughout. After a checkpoint nobody answers: the run stops in
+    good order, and the same command ends bit-equal to a run on a disk."""
+    said = [f"output_dir={s3}/runs", "resume.storage_patience=20"]
+    command = [*words("undisturbed"), *said]
+    root = f"{s3}/runs/undisturbed/stage0_checkpoint/checkpoints"
+    log = tmp_path / "log.txt"
+    proxy.rate = 0.3
+    driver = driven(command, log)
+    try:
+        end = time.monotonic() + 500
+        while not checkpoint.is_complete(f"{root}/step_000008"):
+            assert driver.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
+            time.sleep(0.2)
+        proxy.rate = 1.0
+        assert driver.wait(300) == 2, log.read_text()[-3000:]
+        text = log.read_text()
+        assert "Traceback" not in text
+        (told,) = re.findall(r"^error: .*", text, re.MULTILINE)
+        assert "not answer" in told, told
+        proxy.rate = 0.3
+        driver = driven(command, log)
+        assert driver.wait(600) == 0, log.read_text()[-3000:]
+    finally:
+        if driver.poll() is None:
+            driver.kill()
+    proxy.rate = 0.0
+    starts = re.findall(r"stage0 +continues from .*, step (\d+)/20", log.read_text())
+    assert starts and int(starts[0]) >= 8
+    for stage in TRAINED:
+        final = f"{s3}/runs/undisturbed/{stage}_checkpoint/checkpoints/final"
+        assert not differing(weights(final), weights(road.final(stage)))
+    assert audit(f"{s3}/runs/undisturbed") == []
+    assert storage.read_json(f"{s3}/runs/undisturbed/evaluations.json") == road.json(
+        "evaluations.json"
+    )
+
+
+def test_gradients_that_stay_infinite_stop_a_run_after_a_second_try(
+    words: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """A learning rate that no model survives: back to the last checkpoint once, then a sentence."""
+    log = tmp_path / "log.txt"
+    more = ["training.max_skipped_steps=2", "stages.stage0.optimizer.lr=1e30",
+            "training.max_grad_norm=null", "stages.stage0.max_steps=20"]  # fmt: skip
+    driver = driven([*words("infinite", *more)], log)
+    try:
+        assert driver.wait(600) == 2, log.read_text()[-3000:]
+    finally:
+        if driver.poll() is None:
+            driver.kill()
+    text = log.read_text()
+    assert "once more from the last checkpoint" in text and "Traceback" not in text
+    assert re.search(r"^error: stage0, step \d+: the gradient was not finite for 2", text, re.M)
+
+
+def test_a_second_driver_is_refused_while_the_first_goes_on(
+    words: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """It names the holder; the first notices nothing."""
+    folder = Path(words("held")[0].removeprefix("output_dir=")) / "held"
+    one, two = tmp_path / "one.txt", tmp_path / "two.txt"
+    said = words("held", "scaling.num_workers=1", "stages.stage0.max_steps=60")
+    first = driven(said, one)
+    try:
+        end = time.monotonic() + 300
+        while not list(folder.glob("stage0_checkpoint/checkpoints/step_*/COMPLETE")):
+            assert first.poll() is None and time.monotonic() < end, one.read_text()[-3000:]
+            time.sleep(0.05)
+        second = driven(said, two)
+        assert second.wait(120) == 2
+        told = rf"error: {folder}: is being written by process {first.pid} on .* heartbeat is \d+ s"
+        assert re.search(told, two.read_text())
+        assert first.wait(600) == 0, one.read_text()[-3000:]
+    finally:
+        for each in (first,):
+            if each.poll() is None:
+                each.kill()
+    with patient(5):
+        assert audit(str(folder)) == []
