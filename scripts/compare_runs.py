@@ -83,7 +83,7 @@ def measured(config: Config, stage: str, steps: int, own_process: bool = False) 
     """A configuration's numbers, from as many processes as it has workers; one works here, unless
     its memory is to be measured."""
     with tempfile.TemporaryDirectory() as folder:
-        workers = config.scaling_of(stage).num_workers
+        workers = config.scaling_of(stage).most
         if workers > 1 or own_process:
             mp.spawn(_worker, (config, stage, steps, folder), nprocs=workers)
         else:
@@ -93,7 +93,7 @@ def measured(config: Config, stage: str, steps: int, own_process: bool = False) 
 
 def _worker(rank: int, config: Config, stage: str, steps: int, folder: str) -> None:
     scaling = config.scaling_of(stage)
-    gpu, workers = scaling.use_gpu, scaling.num_workers
+    gpu, workers = scaling.use_gpu, scaling.most
     device = torch.device("cuda", rank) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)

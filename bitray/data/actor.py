@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import ray
 from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bitray import storage
 from bitray.data.mixture import Fenced, Mixture, StageMixture
@@ -32,8 +33,11 @@ def mixture_actor(name: str, directory: str, claim: Claim | None = None) -> Any:
     A name may still belong to an actor that is going, if its last handle was dropped just now; then
     another is started as soon as the name is free.
     """
+    node = ray.get_runtime_context().get_node_id()
     options = {
         "num_cpus": 0,
+        # where the driver is: nodes that come and go do not take it with them
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
         "max_restarts": -1,
         "max_task_retries": -1,
         "max_concurrency": 1000,  # calls wait side by side, one for each reader of each stage

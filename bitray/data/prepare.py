@@ -4,7 +4,8 @@ The same settings and inputs give the same bytes on any number of workers. A sec
 manifest and does nothing; an interrupted one continues with the units that are missing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import ray
 import ray.data
@@ -32,9 +33,14 @@ def prepared_identity(settings: DataSettings, tokenizer_path: str, length: int) 
     return plan_job(settings, load_tokenizer(tokenizer_path), length, "").identity
 
 
-def on_ray(job: Job, units: Sequence[Unit], reserved: float = 0.0) -> Iterator[UnitResult]:
+def on_ray(
+    job: Job,
+    units: Sequence[Unit],
+    reserved: float = 0.0,
+    labels: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[UnitResult]:
     """Results of units as they are done, on all CPUs but the `reserved` ones; if those leave less
-    than one, on what is left of it."""
+    than one, on what is left of it. `labels` select the nodes."""
     if not units:
         return
     spare = max(0.0, ray.cluster_resources().get("CPU", 1.0) - reserved)
@@ -42,6 +48,7 @@ def on_ray(job: Job, units: Sequence[Unit], reserved: float = 0.0) -> Iterator[U
     workers = min(len(units), cpus)
     rows = [{"unit": unit.dump()} for unit in units]
     items = ray.data.from_items(rows, override_num_blocks=len(rows))
+    items.context.execution_options.label_selector = dict(labels) or None
     items.context.enable_progress_bars = items.context.print_on_execution_start = False
     results = items.map(
         UnitWorker,  # type: ignore[arg-type]  # Ray takes a class for an actor

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Discriminator, Field, Tag
 
 from bitray import storage
-from bitray.data import embedded, huggingface
+from bitray.data import embedded, huggingface, synthetic
 from bitray.data.formats import SUFFIXES, Part, read_part, split_file, suffix
 from bitray.data.rows import Found, RowSettings
 from bitray.settings import Settings, UserError
@@ -179,6 +179,28 @@ class EmbeddedSource(SourceSettings):
             yield Found(f"{part.uri} document {number}", text)
 
 
+class SyntheticSource(SourceSettings):
+    """Random words (see `synthetic`); no files, no network."""
+
+    type: Literal["synthetic"] = "synthetic"
+    licence: str = "generated"
+    seed: int = 0
+    max_bytes: int = Field(20_000_000, ge=1)
+
+    def inputs(self) -> list[FileInfo]:
+        """The seed: the same one gives the same documents."""
+        return [FileInfo(f"synthetic:{self.seed}", self.max_bytes, f"r{synthetic.REVISION}")]
+
+    def parts(self, inputs: Sequence[FileInfo], unit_bytes: int) -> Iterator[Part]:
+        """One part: documents are made one after the other."""
+        yield Part(inputs[0].uri, 0, None, inputs[0].size)
+
+    def read(self, part: Part) -> Iterator[Found]:
+        """The documents of the seed."""
+        for number, text in enumerate(synthetic.documents(self.seed, self.max_bytes)):
+            yield Found(f"{part.uri} document {number}", text)
+
+
 def _tag(value: Any) -> Any:
     """Files need no `type`."""
     return (
@@ -189,7 +211,8 @@ def _tag(value: Any) -> Any:
 Source = Annotated[
     Annotated[LocalSource, Tag("local")]
     | Annotated[StreamingSource, Tag("streaming")]
-    | Annotated[EmbeddedSource, Tag("embedded")],
+    | Annotated[EmbeddedSource, Tag("embedded")]
+    | Annotated[SyntheticSource, Tag("synthetic")],
     Discriminator(_tag),
 ]
 

@@ -14,7 +14,7 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -66,6 +66,8 @@ class TicketStream:
     """Name of the `MixtureActor`."""
     readers: int = 2
     reader_cpus: float = 0.25
+    labels: dict[str, str] = field(default_factory=dict)
+    """Of the nodes that readers may be on."""
     object_store_bytes: int = 64 << 20
     """Bounds how far reading runs ahead; pool sizes and prefetching do not."""
 
@@ -159,6 +161,7 @@ def _dataset(opened: Opened, world_size: int) -> ray.data.Dataset:
     dataset.context.execution_options = ExecutionOptions(
         preserve_order=True,
         resource_limits=ExecutionResources(object_store_memory=stream.object_store_bytes),
+        label_selector=stream.labels or None,
     )
     # Each bundle is handed on as soon as it is read, as a block of its own; collecting them into
     # larger blocks would hold back tickets that a worker needs to reach the next decision.

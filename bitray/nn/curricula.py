@@ -46,7 +46,7 @@ def _column_ranges(layers: list[BitLinear]) -> list[Float32[Tensor, " in"]]:
         found.append(local.abs().amax(0) if len(local) else local.new_zeros(layer.in_features))
     ranges = torch.cat(found)
     if isinstance(layers[0].weight, DTensor):
-        dist.all_reduce(ranges, dist.ReduceOp.MAX, layers[0].weight.device_mesh.get_group())
+        dist.all_reduce(ranges, dist.ReduceOp.MAX)
     return list(ranges.split([layer.in_features for layer in layers]))
 
 

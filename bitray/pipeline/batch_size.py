@@ -1,6 +1,8 @@
 """The largest micro-batches that fit: tried on every worker before the stages begin."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -10,7 +12,7 @@ from bitray.pipeline.plan import outline
 from bitray.settings import UserError
 from bitray.training.settings import TrainingSettings
 from bitray.training.teacher_settings import Server
-from bitray.training.trial import Trial, candidates, largest, memory, peak
+from bitray.training.trial import Trial, candidates, largest, memory, peak, tried
 
 GB = 1e9
 
@@ -31,20 +33,41 @@ def sized(config: Config, stages: Sequence[str]) -> Config:
     return config.override(changes) if changes else config
 
 
-def _largest(config: Config, stage: str) -> int:
-    """The least of what fits the workers."""
-    scaling, workers = config.scaling_of(stage), config.scaling_of(stage).num_workers
-    task: Any = ray.remote(
+def probed(config: Config, stage: str) -> tuple[float, float]:
+    """Bytes that a worker takes and tokens per second of one, by some steps with the stage's own
+    micro-batches, where a worker would be."""
+    trial = replace(_trials(config, stage)[0], timed=True)
+    size = config.stages[stage].batch_size
+    taken, rate = ray.get(_task(config, stage, tried).remote(trial, size, math.inf))
+    if math.isinf(taken):
+        raise UserError(
+            f"stages.{stage}: a micro-batch of {size} rows does not fit a worker; lower "
+            "batch_size, or set auto_batch_size=true or activation_checkpointing=true"
+        )
+    return taken, rate
+
+
+def _task(config: Config, stage: str, function: Callable[..., Any]) -> Any:
+    """A function as a task with what a worker of the stage has."""
+    scaling = config.scaling_of(stage)
+    return ray.remote(
         num_cpus=scaling.cpus_per_worker,
-        num_gpus=1 if scaling.use_gpu else 0,
+        num_gpus=scaling.gpus_per_worker if scaling.use_gpu else 0,
         scheduling_strategy="SPREAD",
         max_calls=1,
         max_retries=0,
-    )(_fitting)
-    trials = _trials(config, stage)
-    found: list[int | None] = ray.get([task.remote(trial) for trial in trials])
+    )(function)
+
+
+def _largest(config: Config, stage: str) -> int:
+    """The least of what fits the workers."""
+    scaling, trials = config.scaling_of(stage), _trials(config, stage)
+    task = _task(config, stage, _fitting)
+    found: list[int | None] = ray.get(
+        [task.remote(trial, scaling.gpus_per_worker) for trial in trials]
+    )
     fitting = [size for size in found if size is not None]
-    if len(fitting) < workers:
+    if len(fitting) < scaling.fewest:
         length = config.stages[stage].max_seq_length
         raise UserError(
             f"stages.{stage}: not even one row of {length} tokens fits a worker; shorten "
@@ -73,16 +96,16 @@ def _trials(config: Config, stage: str) -> list[Trial]:
             subln=None if settings.dense else config.model.quantization.subln,
             device="cuda" if scaling.use_gpu else "cpu",
             rank=rank,
-            world=scaling.num_workers,
+            world=scaling.fewest,
         )
-        for rank in range(scaling.num_workers)
+        for rank in range(scaling.fewest)
     ]
 
 
-def _fitting(trial: Trial) -> int | None:
-    """The largest micro-batch that fits here, or None."""
+def _fitting(trial: Trial, share: float) -> int | None:
+    """The largest micro-batch that fits a share of the GPU here, or a worker's memory; or None."""
     settings = trial.settings
-    limit = memory(trial.device, trial.world)
+    limit = memory(trial.device, trial.world) * (share if trial.device == "cuda" else 1)
     if settings.memory_limit_gb is not None:
         limit = settings.memory_limit_gb * GB
     limit *= 1 - settings.memory_margin

@@ -30,15 +30,16 @@ class Arguments:
     """What was said on the command line."""
 
     config: str | None
-    dry_run: bool
     words: list[str]
+    dry_run: bool = False
     preview: int | None = None
+    analyze_only: str | None = None
 
 
 def job(main: Callable[[Arguments], None], doc: str, root: type[Composed], **flags: bool) -> None:
     """Run a job: exit 0, 2 with one readable message for what a user can put right, 130 on Ctrl-C.
 
-    `flags` says which of `dry_run` and `preview` the job knows; `doc` is its help.
+    `flags` says which of `dry_run`, `preview` and `analyze_only` the job knows; `doc` is its help.
     """
     parser = _Parser(
         allow_abbrev=False,
@@ -51,11 +52,12 @@ def job(main: Callable[[Arguments], None], doc: str, root: type[Composed], **fla
         parser.add_argument("--dry-run", action="store_true", help="check and plan, then stop")
     if flags.get("preview"):
         parser.add_argument("--preview", type=int, metavar="N", help="show N rows of every source")
+    if flags.get("analyze_only"):
+        parser.add_argument(
+            "--analyze-only", metavar="SWEEP", help="write the report of a sweep's folder again"
+        )
     parser.add_argument("words", nargs="*", metavar="group=name | path.to.key=value")
-    said = parser.parse_intermixed_args()
-    arguments = Arguments(
-        said.config, getattr(said, "dry_run", False), said.words, getattr(said, "preview", None)
-    )
+    arguments = Arguments(**vars(parser.parse_intermixed_args()))
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it counts its retries, twice each
     if not sys.stderr.isatty():

@@ -11,6 +11,7 @@ from bitray.data.weights import quantise
 from bitray.export import GGUFType
 from bitray.models.mask_token import MASK
 from bitray.objectives.base import Weight
+from bitray.pipeline.cost import Cost
 from bitray.settings import Composed, Settings, Tree, UserError, merge, nearest
 from bitray.training.settings import TrainingSettings
 from bitray.training.teacher_settings import Actors, InProcess, Server, Teachers
@@ -60,14 +61,70 @@ class ModelSettings(Settings):
 class Scaling(Settings):
     """How many workers, and what each of them needs."""
 
-    num_workers: int = Field(default=1, ge=1)
+    num_workers: int | tuple[int, int] = 1
+    """Or `[fewest, most]`: as many as the cluster holds; the global batch stays the same."""
     use_gpu: bool = False
+    gpus_per_worker: float = Field(default=1.0, gt=0, le=1)
+    """Share of a GPU and of its memory that a worker takes, where it uses one."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
     readers: int = Field(default=2, ge=1)
     """Tasks of Ray Data that read rows beside the workers."""
     cpus_per_reader: float = Field(default=0.25, gt=0)
     max_failures: int = Field(default=3, ge=0)
     """Restarts of the worker group before a run gives up."""
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """Workers on few nodes, or on many."""
+    sharding: Literal["full", "hybrid"] = "full"
+    """Parameters sharded over all workers, or over those of a node and replicated between nodes."""
+    worker_labels: dict[str, str] = {}
+    """Labels of the nodes that workers may be on, as Ray's label selectors: `!gpu`, `in(a, b)`."""
+    data_labels: dict[str, str] = {}
+    """The same for the tasks that prepare and read rows; those avoid nodes with GPUs anyway."""
+    patience_seconds: float = Field(default=600, ge=0)
+    """How long a run waits for nodes that an autoscaler brings, or that others use."""
+    hang_seconds: float = Field(default=600, gt=0)
+    """Without a step for so long, and for 20 times the median step, workers start again."""
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _is_a_number_or_a_range(cls, said: Any) -> Any:
+        counts = said if isinstance(said, list | tuple) else [said]
+        whole = all(isinstance(count, int) and count >= 1 for count in counts)
+        if not whole or len(counts) > 2 or list(counts) != sorted(counts):
+            raise ValueError(f"give a number of workers, or [fewest, most], from 1 on, not {said}")
+        return counts[0] if len(counts) == 1 else tuple(counts)
+
+    @property
+    def fewest(self) -> int:
+        """Workers that a run needs."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def most(self) -> int:
+        """Workers that a run makes use of."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def per_worker(self) -> dict[str, float]:
+        """What Ray is asked for each worker."""
+        return {
+            "CPU": self.cpus_per_worker,
+            **({"GPU": self.gpus_per_worker} if self.use_gpu else {}),
+        }
+
+    @model_validator(mode="after")
+    def _shares_are_of_different_groups(self) -> "Scaling":
+        if self.gpus_per_worker < 1 and self.most > 1:
+            raise ValueError(
+                f"gpus_per_worker {self.gpus_per_worker:g} is for a single worker: NCCL does not "
+                f"put two of {self.most} workers on the same GPU"
+            )
+        return self
+
+    @property
+    def gpus(self) -> float:
+        """What the fewest workers take."""
+        return self.fewest * self.gpus_per_worker if self.use_gpu else 0.0
 
 
 class MicroBatch(Settings):
@@ -97,6 +154,8 @@ class StageSettings(TrainingSettings):
     start_from: str | None = None
     """A checkpoint or model to start from, whatever the pipeline holds."""
     scaling: Scaling | None = None
+    shared_run: str | None = None
+    """Folder of a run of the same settings that has done this stage for all; None: this run."""
 
     @model_validator(mode="after")
     def _has_a_length(self) -> "StageSettings":
@@ -120,6 +179,10 @@ class WandB(Settings):
     enabled: bool | None = None
     """None: when WANDB_API_KEY is set. Asked for without a key, it records offline."""
     project: str = "bitray"
+    group: str | None = None
+    """Runs that belong together; of a sweep's trials the sweep."""
+    tags: tuple[str, ...] | None = None
+    """None: the stages that the run trains."""
 
 
 class Logging(Settings):
@@ -183,7 +246,7 @@ class Config(Composed):
         "pipeline": "pipeline/demo",
         "scaling": "scaling/laptop",
     }
-    slots: ClassVar[dict[str, str]] = {"training": "pipeline"}
+    slots: ClassVar[dict[str, str]] = {"training": "pipeline", "smoke": "pipeline"}
     aliases: ClassVar[dict[str, str]] = {"distributed": "scaling"}
 
     model: ModelSettings
@@ -195,6 +258,10 @@ class Config(Composed):
     scaling: Scaling = Scaling()
     gpu: GPU | None = None
     """Micro-batches by model and stage, laid over the stages' presets."""
+    cost: Cost = Cost()
+    probe: bool = False
+    """Measure memory and speed by some steps of the real model, for the plan (`--dry-run`) and for
+    what the report compares with."""
     output_dir: str = "runs"
     experiment: str | None = None
     """Folder of the run below `output_dir`; None: `bitray_{model}`."""
@@ -239,10 +306,15 @@ class Config(Composed):
                 return f"stages.{name}.{why}"
         return None
 
+    @property
+    def gpu_name(self) -> str | None:
+        """The kind of GPU that was chosen."""
+        return self.gpu.name if self.gpu else None
+
     def problems(self) -> list[str]:
         most = (self.model.config or {}).get("max_position_embeddings")
         return [
-            *filter(None, [self.fp8_problem()]),
+            *filter(None, [self.fp8_problem(), self.cost.problem(self.gpu_name)]),
             *self._besides_stages(),
             *(
                 text
@@ -253,6 +325,7 @@ class Config(Composed):
                     *_phase_problems(name, stage, self.data),
                     *self.too_long(name, most),
                     *self._influence_problems(name, stage),
+                    *self._sharding_problems(name, stage),
                 ]
             ),
         ]
@@ -309,6 +382,15 @@ class Config(Composed):
         if influence.method == "ado" and not always:
             found.append(f"{where}.method: ado needs the loss of continue_pretrain, which is off")
         return found
+
+    def _sharding_problems(self, name: str, stage: StageSettings) -> list[str]:
+        kind = stage.optimizer.type
+        if self.scaling_of(name).sharding == "full" or kind == "adamw" or not stage.total_steps:
+            return []
+        return [
+            f"scaling.sharding: hybrid, but {kind} of stages.{name}.optimizer works on parameters "
+            "that are sharded over all workers; take adamw, or sharding=full"
+        ]
 
     def too_long(self, stage: str, positions: int | None) -> list[str]:
         """What is wrong if rows of a stage are longer than the model has positions."""

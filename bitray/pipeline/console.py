@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import ray
 from ray.util.queue import Empty, Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 Say = Callable[[str], None]
 _END = "\0"
@@ -15,7 +17,10 @@ _END = "\0"
 @contextmanager
 def console() -> Iterator[Queue]:
     """A queue whose lines are printed here until the block ends. Workers `speak` into it."""
-    lines = Queue(actor_options={"num_cpus": 0})
+    # Where the driver is, which it has to outlive; a lost one costs lines and no run.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+    lines = Queue(actor_options={**options, "scheduling_strategy": here})
     printer = threading.Thread(target=_print, args=(lines,), name="console", daemon=True)
     printer.start()
     try:
@@ -23,7 +28,7 @@ def console() -> Iterator[Queue]:
     finally:
         lines.put(_END)
         printer.join(timeout=5)
-        lines.shutdown()
+        lines.shutdown(force=True)  # all is printed; asked politely, it would be started again
 
 
 def _print(lines: Queue) -> None:

@@ -14,9 +14,11 @@ from bitray.inference import Sampling, generate
 from bitray.models.convert import is_bitnet
 from bitray.models.loading import load_model, load_tokenizer
 from bitray.pipeline.config import Config
+from bitray.pipeline.cost import ESTIMATE, Expected, comparison, load
 from bitray.pipeline.folders import StageFolder
 from bitray.pipeline.report import Table, read_metrics, write_report
 from bitray.pipeline.worker import CONVERTED, ORIGINAL, read_evaluations
+from bitray.training import goodput
 from bitray.training.loop import mean_loss
 
 MB = 1e6
@@ -54,13 +56,15 @@ def finish(config: Config, fingerprint: str) -> Result:
     sizes = size_table(config, sum(p.numel() for p in model.parameters()), result.files)
     rates = throughput_table(config.run_dir)
     tables |= {"Size": sizes, "Throughput": rates}
+    tables |= {name: t for name, t in taken_tables(config).items() if t.rows}
     title = config.run_dir.rstrip("/").rpartition("/")[2]
     result.report = write_report(
         config.run_dir, title, tables, {last: pairs} if pairs else {}, config.dump()
     )
     for name, table in tables.items():
         result.lines += ["", name, table.text()]
-    result.lines += ["", verdict(config, result.losses), f"report  {result.report}"]
+    result.lines += ["", verdict(config, result.losses), goodput_line(config.run_dir)]
+    result.lines += [f"report  {result.report}"]
     if result.files:
         result.lines.append(f"export  {storage.join(config.run_dir, 'export')}")
     return result
@@ -174,6 +178,51 @@ def throughput_table(run_dir: str) -> Table:
         for stage, records in by_stage.items()
     ]
     return Table(("stage", "steps", "tokens", "tokens/s", "waiting for data"), rows)
+
+
+def taken_tables(config: Config) -> dict[str, Table]:
+    """Where the time went, and what was expected beside what happened."""
+    seconds = (goodput.read(config.run_dir) or {"seconds": {}})["seconds"]
+    total = sum(seconds.values())
+    rows = [(cause, f"{s:,.1f}", f"{s / total:.1%}") for cause, s in seconds.items() if s and total]
+    tables = {"Goodput": Table(("cause", "seconds", "share"), rows)}
+    uri = storage.join(config.run_dir, ESTIMATE)
+    if storage.exists(uri):
+        stages = load(storage.read_json(uri))
+        tables["Expected and taken"] = Table(*comparison(stages, read_metrics(config.run_dir)))
+        tables["Cost"] = _cost_table(config, stages, total)
+    return tables
+
+
+def _cost_table(config: Config, stages: Mapping[str, Expected], seconds: float) -> Table:
+    """All workers are paid for all the time; those of the stage that has most of them."""
+    hours = seconds / 3600 * max(each.workers for each in stages.values())
+    each = [stage.worker_hours for stage in stages.values()]
+    known = None if None in each else sum(filter(None, each))
+    roots = (StageFolder(config.run_dir, name).root for name in stages)
+    there = [f.size for root in roots if storage.exists(root) for f in storage.list_files(root)]
+    most = sum(stage.checkpoint_gb * stage.checkpoints for stage in stages.values())
+
+    def row(name: str, rate: float) -> tuple[str, str, str]:
+        return name, f"{hours * rate:,.2f}", "unknown" if known is None else f"{known * rate:,.2f}"
+
+    rates = config.cost.rates(config.gpu_name)
+    return Table(("", "taken", "expected"), [
+        row("worker hours", 1.0),
+        *(row(f"$ at {who}", rate) for who, rate in rates.items()),
+        ("GB of checkpoints", f"{sum(there) / 1e9:.3g}", f"at most {most:.3g}"),
+    ])  # fmt: skip
+
+
+def goodput_line(run_dir: str) -> str:
+    """One sentence: what share of the time steps were taken that count, and where the rest went."""
+    seconds = (goodput.read(run_dir) or {"seconds": {}})["seconds"]
+    total = sum(seconds.values())
+    if not total:
+        return "goodput unknown"
+    rest = sorted(((s, c) for c, s in seconds.items() if c != goodput.PRODUCTIVE), reverse=True)
+    told = ", ".join(f"{c.replace('_', ' ')} {s / total:.1%}" for s, c in rest if s / total >= 5e-4)
+    return f"goodput {seconds[goodput.PRODUCTIVE] / total:.1%} of {total:,.0f} s; {told}"
 
 
 def verdict(config: Config, losses: Mapping[str, Mapping[str, float]]) -> str:

@@ -1,14 +1,25 @@
 """Stages on Ray Train: one `fit()` for consecutive stages with the same scaling."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+    get_or_create_autoscaling_coordinator,
+)
+from ray.exceptions import RayActorError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+)
 
 from bitray import checkpoint, storage
 from bitray.data.manifest import Manifest
@@ -16,11 +27,14 @@ from bitray.data.mixture import Mixture, StageMixture
 from bitray.data.plan import SourceSize
 from bitray.data.stream import TicketConfig, TicketStream, ticket_dataset
 from bitray.data.tickets import least_lead
-from bitray.pipeline.cli import causes
+from bitray.pipeline.cli import causes, sentence
+from bitray.pipeline.cluster import for_now
 from bitray.pipeline.config import Config, Scaling
+from bitray.pipeline.faults import OUT_OF_MEMORY
 from bitray.pipeline.folders import resume_point, skipped_by_name
 from bitray.pipeline.interrupt import in_thread
 from bitray.pipeline.material import RowKind
+from bitray.pipeline.plan import too_large
 from bitray.pipeline.worker import Job, work
 from bitray.retries import StorageGone, may_pass
 from bitray.settings import UserError
@@ -31,8 +45,12 @@ LEAD = 16
 """Steps that a decision about the mixture leads by. Many workers get smaller bundles instead of
 earlier decisions, so that the rows after a decision do not depend on how many workers there are;
 only with more than LEAD / 2 workers to a ticket there is no such bundle."""
-CONTROLLER_FAILURES = 3
-"""Tries to open the data and start the workers; Ray's default is to try for ever."""
+START_SECONDS = 10.0
+"""How long Ray Train waits for the nodes of all workers before it looks again at how many there
+are (Ray's own: 60); it does so until `scaling.patience_seconds` are over."""
+STARTS = (WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError)
+NODES_SECONDS = 3.0
+"""How old Ray Train's view of the nodes may be (Ray's own: 20)."""
 
 
 def groups(config: Config, stages: list[str]) -> Iterator[tuple[Scaling, tuple[str, ...]]]:
@@ -48,7 +66,7 @@ def stage_mixture(config: Config, stage: str, manifest: Manifest) -> StageMixtur
     before = trained[: trained.index(stage)]
     influence, interval = settings.influence, config.influence_interval(stage)
     bounds = (influence.min_weight, influence.max_weight)
-    tickets, workers = settings.gradient_accumulation_steps, scaling.num_workers
+    tickets, workers = settings.gradient_accumulation_steps, scaling.most
     # Training begins when the first bundle of every worker can be planned: well within a window.
     early = manifest.window // (4 * settings.batch_size * workers)
     bundle = max(1, min(BUNDLE, early, LEAD // 2 * tickets // workers))
@@ -125,16 +143,11 @@ def streams(
             actor=actor,
             readers=config.scaling_of(name).readers,
             reader_cpus=config.scaling_of(name).cpus_per_reader,
+            labels=config.scaling_of(name).data_labels,
         )
         for name, stage in config.stages.items()
         if stage.total_steps
     }
-
-
-def reserved_cpus(scaling: Scaling) -> float:
-    """What workers and readers take."""
-    workers = scaling.num_workers * scaling.cpus_per_worker
-    return workers + scaling.readers * scaling.cpus_per_reader
 
 
 def data_state(config: Config, stage: str) -> dict[str, Any] | None:
@@ -168,23 +181,93 @@ def storage_errors(run_dir: str) -> Iterator[None]:
 
 def fit(job: Job, scaling: Scaling) -> str | None:
     """Train the job's stages. Returns the stage in which somebody stopped it, or None at its end.
-    `UserError` for what the workers found that a user can put right."""
-    limits: Any = {  # Ray annotates an older class, which does not know the second
+    `UserError` for what the workers found that a user can put right, and where they failed once
+    more than `scaling.max_failures` times.
+
+    Where workers leave to be more of them, or off a node that goes, others start at once.
+    """
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{START_SECONDS:g}")
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+    uri, lost = storage.join(job.config.run_dir, OUT_OF_MEMORY), 0
+    if storage.exists(uri):
+        storage.remove(uri)
+    while True:
+        try:
+            with storage_errors(job.config.run_dir):
+                result: Any = in_thread(_trainer(job, scaling).fit, _look_at_nodes(scaling))
+        except TrainingFailedError as error:
+            raise UserError(_failure(job, scaling, error)) from error
+        except RayActorError as error:  # Ray Train's own controller; its workers go with it
+            lost += 1
+            if lost > scaling.max_failures:
+                raise UserError(f"Ray Train's controller was lost {lost} times: {error}") from error
+            continue
+        outcome: dict[str, Any] = result.return_value
+        if "out_of_memory" in outcome:
+            storage.remove(uri)
+            raise UserError(too_large(job.config, **outcome["out_of_memory"]))
+        if "error" in outcome:
+            raise UserError(outcome["error"])
+        if "again" not in outcome:
+            return outcome.get("stopped")
+
+
+def _look_at_nodes(scaling: Scaling) -> Callable[[], None] | None:
+    """Have Ray Train count the nodes every few seconds, where it decides by their number."""
+    if scaling.fewest == scaling.most:
+        return None
+    last = 0.0
+
+    def look() -> None:
+        nonlocal last
+        if time.monotonic() - last > NODES_SECONDS:
+            last = time.monotonic()
+            actor: Any = get_or_create_autoscaling_coordinator()
+            actor.get_reserved_resources.remote("bitray", recompute=True)
+
+    return look
+
+
+def _failure(job: Job, scaling: Scaling, error: TrainingFailedError) -> str:
+    """One sentence of what ended the run, with a file that has all of it."""
+    told = next(filter(None, map(sentence, causes(error))), None)
+    if told is not None:
+        return told
+    uri = storage.join(job.config.run_dir, "failure.txt")
+    storage.write_text(uri, str(error))
+    failures = getattr(error, "worker_failures", {})
+    last = (str(next(iter(failures.values()), error)).strip().splitlines() or ["?"])[-1]
+    what = f"Ray Train's controller failed: {last}"
+    if failures:
+        times = f"more than {scaling.max_failures} times (scaling.max_failures)"
+        what = f"the workers failed {times}, at last worker {next(iter(failures))}: {last}"
+    elif isinstance(getattr(error, "controller_failure", None), STARTS):
+        patience = f"{scaling.patience_seconds:g} s (scaling.patience_seconds)"
+        what = f"no {scaling.fewest} workers could be started in {patience}"
+    return f"{what}; all of it is in {uri}, and the same command continues"
+
+
+def _trainer(job: Job, scaling: Scaling) -> TorchTrainer:
+    # Ray annotates older classes, which do not know all of these
+    limits: Any = {
         "max_failures": scaling.max_failures,
-        "controller_failure_limit": CONTROLLER_FAILURES,
+        # tries to place the workers
+        "controller_failure_limit": max(3, math.ceil(scaling.patience_seconds / START_SECONDS)),
     }
     train_loop: Any = work  # Ray's annotation forgets that it may return something
-    trainer = TorchTrainer(
+    shape: Any = {
+        "num_workers": for_now(scaling),
+        "placement_strategy": scaling.placement,
+        "label_selector": scaling.worker_labels or None,
+        # Ray Train would stop the workers anywhere between two checkpoints; they go themselves
+        "elastic_resize_monitor_interval_s": 1e9,
+    }
+    return TorchTrainer(
         train_loop,
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=scaling.num_workers,
-            use_gpu=scaling.use_gpu,
-            resources_per_worker={
-                "CPU": scaling.cpus_per_worker,
-                **({"GPU": 1} if scaling.use_gpu else {}),
-            },
+            use_gpu=scaling.use_gpu, resources_per_worker=scaling.per_worker, **shape
         ),
         run_config=RunConfig(
             name=f"{job.fingerprint[:12]}-{'-'.join(job.stages)}",
@@ -198,9 +281,3 @@ def fit(job: Job, scaling: Scaling) -> str | None:
         },
         dataset_config=TicketConfig(),
     )
-    with storage_errors(job.config.run_dir):
-        result: Any = in_thread(trainer.fit)
-    outcome: dict[str, Any] = result.return_value
-    if "error" in outcome:
-        raise UserError(outcome["error"])
-    return outcome.get("stopped")

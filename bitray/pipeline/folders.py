@@ -45,6 +45,12 @@ class StageFolder:
         return checkpoint.load_state(self.final)
 
 
+def stage_folder(config: Config, stage: str) -> StageFolder:
+    """The stage's folder, in this run or in the one that has done it for all."""
+    known = config.stages.get(stage)
+    return StageFolder((known and known.shared_run) or config.run_dir, stage)
+
+
 def predecessor(config: Config, stage: str) -> str | None:
     """The checkpoint or model a stage starts from: said outright, else of the first predecessor
     that has ended, else the one to resume from, else the pretrained model; None: random weights."""
@@ -52,7 +58,7 @@ def predecessor(config: Config, stage: str) -> str | None:
     if settings.start_from:
         return settings.start_from
     for name in settings.predecessors:
-        folder = StageFolder(config.run_dir, name)
+        folder = stage_folder(config, name)
         if folder.complete:
             return folder.final
     return named_checkpoint(config, stage) or config.model.path
@@ -94,7 +100,7 @@ def original(config: Config) -> str | None:
     if config.model.path:
         return config.model.path
     dense = [name for name, stage in config.stages.items() if stage.dense]
-    return StageFolder(config.run_dir, dense[-1]).final if dense else None
+    return stage_folder(config, dense[-1]).final if dense else None
 
 
 def config_of(run_dir: str) -> Config:

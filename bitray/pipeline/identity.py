@@ -17,11 +17,12 @@ from bitray.training.teacher_settings import PLACEMENT
 
 _ELSEWHERE = {
     "output_dir", "experiment", "logging", "report", "export", "resume", "scaling", "gpu",
+    "cost", "probe",
 }  # fmt: skip
 """Settings that change where things go or who computes them, not what is computed."""
 _BESIDE = {
     "log_every", "save_every", "keep_last", "resume", "scaling", "logits_chunk", "auto_batch_size",
-    "memory_limit_gb", "memory_margin",
+    "memory_limit_gb", "memory_margin", "shared_run",
 }  # fmt: skip
 """The same within a stage."""
 FILE = "fingerprint.json"

@@ -42,9 +42,9 @@ def stoppable(run_dir: str) -> Iterator[None]:
             storage.remove(flag)
 
 
-def in_thread(call: Callable[[], T]) -> T:
+def in_thread(call: Callable[[], T], meanwhile: Callable[[], None] | None = None) -> T:
     """The result of `call`, run in a thread: Ray Train then leaves our signal handlers alone, and
-    the main thread hears signals while it waits."""
+    the main thread hears signals while it waits, and does what there is to do `meanwhile`."""
     answers: list[T] = []
     errors: list[BaseException] = []
 
@@ -58,6 +58,8 @@ def in_thread(call: Callable[[], T]) -> T:
     thread.start()
     while thread.is_alive():
         thread.join(0.2)
+        if meanwhile:
+            meanwhile()
     if errors:
         raise errors[0]
     return answers[0]

@@ -102,13 +102,14 @@ class Material:
     def open(self) -> dict[RowKind, Manifest]:
         """Prepare what training begins with, as Ray Data jobs on all CPUs."""
         for each in self._preparations.values():
-            each.open(prepare.on_ray)
+            each.open(partial(prepare.on_ray, labels=self.config.scaling.data_labels))
         return self.known
 
     def rest(self, reserved: float = 0.0) -> Generator[bool]:
         """Prepare all the rest, in the order of the stages, leaving so many CPUs alone; after every
         unit, whether more is known. Then say what near-duplicates there are, if that is wanted."""
-        work = partial(prepare.on_ray, reserved=reserved)
+        labels = self.config.scaling.data_labels
+        work = partial(prepare.on_ray, reserved=reserved, labels=labels)
         for kind in dict.fromkeys(RowKind.of(stage) for stage in self.config.stages.values()):
             yield from self._preparations[kind].rest(work)
         if self.config.data.overlap.enabled:

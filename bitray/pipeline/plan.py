@@ -25,21 +25,27 @@ from bitray.models.loading import (
 from bitray.models.low_rank import add_corrections, train_corrections_only
 from bitray.models.mask_token import set_mask_token
 from bitray.nn import bit_linears, rank_of
+from bitray.pipeline.cluster import coming, reserved_cpus
 from bitray.pipeline.config import Config
-from bitray.pipeline.folders import StageFolder, named_checkpoint
+from bitray.pipeline.cost import Expected, duration, money
+from bitray.pipeline.folders import named_checkpoint, stage_folder
 from bitray.pipeline.remix import schedule_of_mixture
 from bitray.pipeline.report import Table
+from bitray.pipeline.session import ray_session
 from bitray.pipeline.teacher_server import checked
 from bitray.settings import UserError, listed
+from bitray.training.flops import flops_per_token
 from bitray.training.teacher_settings import Actors, InProcess, Offload, Server
 
 GB = 1e9
 
 
 def resources() -> dict[str, float]:
-    """CPUs and GPUs of the running cluster, or of this machine where none runs."""
+    """CPUs and GPUs of the running cluster, with those that an autoscaler may bring, or of this
+    machine where none runs."""
     if ray.is_initialized():
-        return {key: float(value) for key, value in ray.cluster_resources().items()}
+        here = {key: float(value) for key, value in ray.cluster_resources().items()}
+        return here | {key: max(most, here.get(key, 0.0)) for key, most in coming().items()}
     return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
 
 
@@ -52,17 +58,11 @@ def check_resources(config: Config, held: Mapping[str, float]) -> None:
     for name in config.stages:
         scaling = config.scaling_of(name)
         teacher = _actors(config, name)
-        cpus = scaling.num_workers * scaling.cpus_per_worker
-        cpus += scaling.readers * scaling.cpus_per_reader
-        gpus = float(scaling.num_workers * scaling.use_gpu)
-        beside = ""
-        if teacher:
-            cpus += teacher.count * teacher.cpus
-            gpus += teacher.count * teacher.gpus
-            beside = f" + {teacher.count} teachers x {teacher.cpus:g}"
+        cpus, gpus = needed(config, name, scaling.fewest)
+        beside = f" + {teacher.count} teachers x {teacher.cpus:g}" if teacher else ""
         if cpus > held.get("CPU", 0.0):
             raise UserError(
-                f"scaling: stage {name} needs {cpus:g} CPUs ({scaling.num_workers} workers x "
+                f"scaling: stage {name} needs {cpus:g} CPUs ({scaling.fewest} workers x "
                 f"{scaling.cpus_per_worker:g} + {scaling.readers} readers x "
                 f"{scaling.cpus_per_reader:g}{beside}), the cluster has {held.get('CPU', 0.0):g}; "
                 "lower scaling.num_workers, scaling.cpus_per_worker or scaling.readers"
@@ -74,6 +74,18 @@ def check_resources(config: Config, held: Mapping[str, float]) -> None:
                 f"{held.get('GPU', 0.0):g}; take scaling=laptop to train on CPUs, or lower "
                 "scaling.num_workers" + (" or model.teacher.gpus" if teacher else "")
             )
+
+
+def needed(config: Config, stage: str, workers: int | None = None) -> tuple[float, float]:
+    """CPUs and GPUs of so many workers of a stage, or the most there may be, with its readers and
+    teachers."""
+    scaling, teacher = config.scaling_of(stage), _actors(config, stage)
+    count = scaling.most if workers is None else workers
+    cpus, gpus = reserved_cpus(scaling, count), count * scaling.per_worker.get("GPU", 0.0)
+    if teacher:
+        cpus += teacher.count * teacher.cpus
+        gpus += teacher.count * teacher.gpus
+    return cpus, gpus
 
 
 def _actors(config: Config, stage: str) -> Actors | None:
@@ -198,7 +210,7 @@ def memory(config: Config, stage: str, parameters: int, model: PreTrainedModel) 
     if settings.activation_checkpointing:
         per_token = shape.hidden_size
     chunk = min(tokens, settings.logits_chunk or 2048) * shape.vocab_size * 4 * 3
-    share = parameters / scaling.num_workers
+    share = parameters / scaling.fewest
     compared = 0
     if config.influence_interval(stage):
         compared = len(config.probes(stage)) + settings.influence.groups * len(
@@ -211,8 +223,8 @@ def memory(config: Config, stage: str, parameters: int, model: PreTrainedModel) 
     learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Memory(
         masters=4 * share,
-        gradients=4 * learnt / scaling.num_workers,
-        optimizer=settings.optimizer.state_bytes(model) / scaling.num_workers,
+        gradients=4 * learnt / scaling.fewest,
+        optimizer=settings.optimizer.state_bytes(model) / scaling.fewest,
         teacher=_teacher_bytes(config, stage, model, low),
         activations=float(low * tokens * per_token * shape.num_hidden_layers + chunk),
         influence=4 * share * settings.influence.depth * compared,
@@ -222,7 +234,7 @@ def memory(config: Config, stage: str, parameters: int, model: PreTrainedModel) 
 def _teacher_bytes(config: Config, stage: str, model: PreTrainedModel, low: int) -> float:
     """Of the teacher on one worker's device, taken to be of the student's size: its share, two of
     its layers if it is offloaded, half a byte and a scale for a weight in 4 bits, or nothing."""
-    teacher, workers = config.model.teacher, config.scaling_of(stage).num_workers
+    teacher, workers = config.model.teacher, config.scaling_of(stage).fewest
     if not config.stages[stage].needs_teacher or isinstance(teacher, Actors | Server):
         return 0.0
     every = sum(p.numel() for p in model.parameters())
@@ -233,6 +245,36 @@ def _teacher_bytes(config: Config, stage: str, model: PreTrainedModel, low: int)
     return inside + low * (every - sum(layers))
 
 
+def too_large(config: Config, stage: str, worker: int, peak_gb: float, said: str) -> str:
+    """What to tell of a worker that ran out of memory: peak, what takes most, what to change."""
+    model = outline(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    terms = vars(memory(config, stage, parameters, model)).items()
+    largest = sorted(terms, key=lambda term: -term[1])[:3]
+    named = ", ".join(f"{name} {size / GB:.2g} GB" for name, size in largest)
+    size = config.stages[stage].batch_size
+    return (
+        f"stage {stage}: worker {worker} ran out of memory at a peak of {peak_gb:.3g} GB ({said}); "
+        f"by estimate the biggest parts are {named}; lower training.batch_size (now {size}, or set "
+        "training.auto_batch_size=true), set training.activation_checkpointing=true, or raise "
+        "scaling.num_workers"
+    )
+
+
+def idle_turns(config: Config, stage: str) -> str | None:
+    """A sentence where workers do not share the micro-batches of a step evenly: the numbers stay
+    right, but some of them wait."""
+    scaling, tickets = config.scaling_of(stage), config.stages[stage].gradient_accumulation_steps
+    if not config.stages[stage].total_steps or tickets % scaling.most == 0:
+        return None
+    turns = -(-tickets // scaling.most) * scaling.most
+    return (
+        f"note      {stage}: {tickets} micro-batches a step leave {1 - tickets / turns:.0%} of the "
+        f"turns of {scaling.most} workers empty; a multiple of {scaling.most} as "
+        "gradient_accumulation_steps would not"
+    )
+
+
 def plan(config: Config) -> str:
     """What `run` would do, as text; checks everything that can be checked without training."""
     check_resources(config, resources())
@@ -240,11 +282,12 @@ def plan(config: Config) -> str:
     model = outline(config)
     parameters = sum(p.numel() for p in model.parameters())
     known = config.model.tokenizer or config.model.path
-    rows = [_row(config, name, parameters, model) for name in config.stages]
     check_model(config, model, known)
     header = ("stage", "steps", "tokens", "workers", "learning rate", "memory/worker", "starts at")
+    stages = expected(config, model)
     remixes = [line for name in config.stages for line in schedule_of_mixture(config, name)]
-    checkpoints = 12 * parameters * sum(s.keep_last + 2 for s in config.stages.values()) / GB
+    rows = [_row(config, name, each) for name, each in stages.items()]
+    checkpoints = sum(each.checkpoint_gb * each.checkpoints for each in stages.values())
     lines = [
         f"run       {config.run_dir}",
         f"model     {config.model.name}: {parameters:,} parameters"
@@ -256,9 +299,11 @@ def plan(config: Config) -> str:
         f"export    {', '.join(config.export.gguf) or 'no GGUF'}"
         + (", huggingface" if config.export.huggingface else ""),
         f"storage   up to {checkpoints:.3g} GB of checkpoints",
+        *_bill(config, stages),
         "",
         Table(header, rows).text(),
         *remixes,
+        *filter(None, (idle_turns(config, name) for name in config.stages)),
         "",
         "nothing was trained (--dry-run)",
     ]
@@ -275,22 +320,79 @@ def _teacher(config: Config) -> list[str]:
     return [f"teacher   {teacher.type}: {teacher.path or config.model.path or 'its dense stage'}"]
 
 
-def _row(config: Config, name: str, parameters: int, model: PreTrainedModel) -> tuple[str, ...]:
+def _row(config: Config, name: str, each: Expected) -> tuple[str, ...]:
     stage, scaling = config.stages[name], config.scaling_of(name)
-    tokens = stage.total_steps * stage.rows_per_step * stage.max_seq_length
     return (
         name,
         str(stage.total_steps),
-        f"{tokens:,}",
-        str(scaling.num_workers),
+        f"{each.tokens:,}",
+        "-".join(map(str, dict.fromkeys((scaling.fewest, scaling.most)))),
         f"{stage.optimizer.lr:g}" if stage.total_steps else "-",
-        f"{memory(config, name, parameters, model).total / GB:.2g} GB",
+        f"{each.memory_gb:.2g} GB",
         _resume_point(config, name),
     )
 
 
+def _bill(config: Config, stages: Mapping[str, Expected]) -> list[str]:
+    """Time and price of the stages that take steps, whatever is done of them already."""
+    prices = config.cost.rates(config.gpu_name)
+    lines = []
+    for name, each in stages.items():
+        rate, hours = each.tokens_per_second, each.worker_hours
+        if not each.tokens:
+            continue
+        if rate is None or hours is None:
+            lines.append(f"time      {name}: unknown; {each.how}")
+            continue
+        price = money(hours, prices) or "no price known"
+        told = f"{rate:,.0f} tokens/s ({each.how}), {duration(each.hours)} of steps"
+        lines.append(f"time      {name}: {told}, {price}")
+    return lines
+
+
+def expected(config: Config, model: PreTrainedModel) -> dict[str, Expected]:
+    """What each stage will take. Memory is estimated, and the rate taken to be `cost.mfu` of the
+    device's peak, unless `probe=true` has both measured (or the stage takes no steps)."""
+    parameters = sum(p.numel() for p in model.parameters())
+    found = {}
+    for name, stage in config.stages.items():
+        workers = config.scaling_of(name).most
+        held = memory(config, name, parameters, model)
+        taken, rate, how = held.total, *_assumed_rate(config, name, model, parameters)
+        if config.probe and stage.total_steps:
+            from bitray.pipeline.batch_size import probed  # which asks for our outline
+
+            with ray_session():
+                taken, each = probed(config, name)
+            rate, how = each * workers, "measured, without communication"
+        found[name] = Expected(
+            tokens=stage.total_steps * stage.rows_per_step * stage.max_seq_length,
+            workers=workers,
+            memory_gb=taken / GB,
+            tokens_per_second=rate,
+            how=how,
+            checkpoint_gb=(held.masters + held.optimizer) * workers / GB,
+            checkpoints=stage.keep_last + 2,  # the best and the final one
+        )
+    return found
+
+
+def _assumed_rate(
+    config: Config, name: str, model: PreTrainedModel, parameters: int
+) -> tuple[float | None, str]:
+    """Tokens per second of all workers of a stage, and where that comes from."""
+    scaling, cost, gpu = config.scaling_of(name), config.cost, config.gpu_name
+    if gpu is None and scaling.use_gpu and torch.cuda.is_available():
+        gpu = torch.cuda.get_device_name()
+    peak = cost.planned_flops((cost.gpu or gpu) if scaling.use_gpu else None)
+    if peak is None:
+        return None, "probe=true measures it"
+    each = flops_per_token(model.config, parameters, config.stages[name].max_seq_length)
+    return scaling.most * cost.mfu * peak / each, f"assumed, at {cost.mfu:.0%} of the peak"
+
+
 def _resume_point(config: Config, name: str) -> str:
-    folder = StageFolder(config.run_dir, name)
+    folder = stage_folder(config, name)
     if folder.complete:
         return "complete"
     newest = checkpoint.newest_complete(folder.root)

@@ -42,6 +42,11 @@ class Table:
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
+def cell(value: Any) -> str:
+    """A value in a table: floats to four digits, nothing for None."""
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 PICTURES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("Training loss", ("train/loss",), "nats"),
     ("Objectives", ("train/*_loss",), "nats"),
@@ -53,6 +58,8 @@ PICTURES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("Influence of sources on probes", ("influence/score_*",), "score"),
     ("Loss by source", ("mixture/loss_*",), "nats"),
     ("Throughput", ("train/tokens_per_second",), "tokens/s"),
+    ("Model FLOPs utilisation", ("train/mfu",), "share of the peak"),
+    ("Goodput: the run's time, by cause", ("goodput/share_*",), "share of the time so far"),
     ("Gradient norm", ("train/grad_norm",), ""),
 )
 """Title, patterns of metric names, unit."""
@@ -87,24 +94,35 @@ def write_report(
 ) -> str:
     """Write the page and return where it lies. `samples`: stage -> (prompt, continuation) pairs."""
     metrics = read_metrics(run_dir)
-    parts = [f"<h1>{html.escape(title)}</h1>"]
-    parts += [f"<h2>{html.escape(name)}</h2>{table.html()}" for name, table in tables.items()]
-    parts.append('<h2>Curves</h2><div class="pictures">')
-    parts += [_figure(metrics, *picture) for picture in PICTURES]
-    parts += [_influence(metrics), "</div>"]
+    curves = [_figure(metrics, *picture) for picture in PICTURES]
+    parts = [section(name, table.html()) for name, table in tables.items()]
+    parts.append(section("Curves", pictures(*curves, _influence(metrics))))
     if samples:
-        parts.append("<h2>Samples</h2>")
-        parts += [_samples(stage, pairs) for stage, pairs in samples.items()]
-    parts.append(f"<h2>Configuration</h2><pre>{html.escape(config)}</pre>")
-    page = (
+        parts.append(section("Samples", *(_samples(*each) for each in samples.items())))
+    parts.append(section("Configuration", f"<pre>{html.escape(config)}</pre>"))
+    uri = storage.join(run_dir, "report.html")
+    storage.write_text(uri, page(title, parts))
+    return uri
+
+
+def page(title: str, parts: Sequence[str]) -> str:
+    """A page of HTML that needs no other file; `parts` follow its heading."""
+    return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>"
-        f"<body>{''.join(parts)}</body></html>"
+        f"<body><h1>{html.escape(title)}</h1>{''.join(parts)}</body></html>"
     )
-    uri = storage.join(run_dir, "report.html")
-    storage.write_text(uri, page)
-    return uri
+
+
+def section(title: str, *parts: str) -> str:
+    """Parts of a page below a heading."""
+    return f"<h2>{html.escape(title)}</h2>{''.join(parts)}"
+
+
+def pictures(*drawn: str) -> str:
+    """Pictures beside each other, as far as there is room."""
+    return f'<div class="pictures">{"".join(drawn)}</div>'
 
 
 def _samples(stage: str, pairs: Sequence[tuple[str, str]]) -> str:
@@ -137,13 +155,17 @@ def _figure(
     axes.grid(alpha=0.25)
     if len(series) > 1 or "*" in patterns[0]:
         axes.legend(fontsize=7, frameon=False)
-    return _drawn(figure, title)
+    return drawn(figure, title)
 
 
-def _drawn(figure: Any, title: str) -> str:
-    drawn = io.StringIO()
-    figure.savefig(drawn, format="svg", metadata={"Date": None})
-    svg = drawn.getvalue()
+def drawn(figure: Any, title: str) -> str:
+    """A figure of matplotlib as inline SVG with a caption; drawn again it is the same text."""
+    from matplotlib import rc_context
+
+    file = io.StringIO()
+    with rc_context({"svg.hashsalt": title}):  # names in the SVG, else random
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     return f"<figure><figcaption>{html.escape(title)}</figcaption>{svg}</figure>"
 
@@ -169,7 +191,7 @@ def _influence(metrics: Sequence[Mapping[str, Any]]) -> str:
             colour = "white" if abs(value) > 0.6 * most else "black"
             axes.text(x, y, f"{value:.2g}", ha="center", va="center", fontsize=7, color=colour)
     where = f"{held[-1]['stage']}, step {held[-1]['step']}"
-    return _drawn(figure, f"Influence matrix (probes by sources), {where}")
+    return drawn(figure, f"Influence matrix (probes by sources), {where}")
 
 
 _SCORE, _WEIGHT = "influence/score_", "influence/weight_"

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any
 
 import ray
 from ray.util.queue import Queue
+from transformers import PreTrainedModel
 
 from bitray import lease, storage
 from bitray.data.actor import mixture_actor
@@ -18,11 +20,13 @@ from bitray.events import FOLDER, Events
 from bitray.lease import Claim
 from bitray.pipeline.batch_size import sized
 from bitray.pipeline.cli import causes, sentence
+from bitray.pipeline.cluster import preflight, reserved_cpus
 from bitray.pipeline.config import Config, Scaling
 from bitray.pipeline.console import console
+from bitray.pipeline.cost import ESTIMATE, dump
 from bitray.pipeline.finish import Result, finish
-from bitray.pipeline.fit import check_enough, fit, groups, grown, reserved_cpus, streams
-from bitray.pipeline.folders import StageFolder, skipped_by_name
+from bitray.pipeline.fit import check_enough, fit, groups, grown, streams
+from bitray.pipeline.folders import skipped_by_name, stage_folder
 from bitray.pipeline.identity import claim
 from bitray.pipeline.interrupt import stoppable
 from bitray.pipeline.material import (
@@ -32,13 +36,20 @@ from bitray.pipeline.material import (
     prepared_beside,
     tokenizer_of,
 )
-from bitray.pipeline.plan import check_model, check_resources, outline, resources
+from bitray.pipeline.plan import (
+    check_model,
+    check_resources,
+    expected,
+    outline,
+    resources,
+)
 from bitray.pipeline.report import Table
 from bitray.pipeline.saving import STOP
 from bitray.pipeline.session import ray_session
 from bitray.pipeline.worker import Job
 from bitray.retries import patient
 from bitray.settings import UserError
+from bitray.training import goodput
 
 START_PATIENCE_S = 15.0
 """Before anything has begun, storage that does not answer is a wrong address."""
@@ -50,9 +61,10 @@ def run(config: Config) -> Result:
     The same configuration again continues where it stopped, or says where its result lies.
     `UserError` for anything that the user can put right, as early as it can be known.
     """
-    config = located(config)
+    began, config = time.time(), located(config)
     inputs_of(config.data)
-    check_model(config, outline(config), named_tokenizer(config))
+    model = outline(config)
+    check_model(config, model, named_tokenizer(config))
     with (
         patient(START_PATIENCE_S),
         lease.held(config.run_dir) as held,
@@ -60,11 +72,15 @@ def run(config: Config) -> Result:
         audited(held) as events,
         ray_session(),
     ):
-        return _run(config, held, events)
+        return _run(config, held, events, model, began)
 
 
-def _run(config: Config, held: Claim, events: Events) -> Result:
+def _run(
+    config: Config, held: Claim, events: Events, model: PreTrainedModel, began: float
+) -> Result:
     check_resources(config, resources())
+    preflight(config)
+    wanted = expected(config, model)  # once it is known that a probe finds its place
     material = Material(config, tokenizer_of(config))
     if config.resume.fresh:
         _check_held_out(material.open())  # nothing goes for a run that cannot begin
@@ -72,6 +88,10 @@ def _run(config: Config, held: Claim, events: Events) -> Result:
         events.write("fresh")
     parts = {str(kind): job.parts for kind, job in material.jobs.items()}
     fingerprint = claim(config, parts, events)
+    goodput.begin(config.run_dir, began)
+    estimate = storage.join(config.run_dir, ESTIMATE)
+    if config.probe or not storage.exists(estimate):
+        storage.write_json(estimate, dump(wanted))
     with stoppable(config.run_dir), console() as lines:
         stopped = train(config, material, fingerprint, lines, held)
     held.check()
@@ -122,7 +142,7 @@ def train(
     left_out = skipped_by_name(config)
     pending = []
     for stage in config.stages:
-        folder = StageFolder(config.run_dir, stage)
+        folder = stage_folder(config, stage)
         if folder.complete:
             print(f"{stage:<9} is complete: {folder.final}")
         elif stage in left_out:

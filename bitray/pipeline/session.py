@@ -4,9 +4,12 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 import ray.data
+
+from bitray.pipeline.cluster import check_dashboard
 
 OBJECT_STORE_BYTES = 300_000_000
 """Of a Ray of our own: rows pass through it a few at a time."""
@@ -18,17 +21,20 @@ def ray_session() -> Iterator[None]:
 
     What workers print stays in Ray's logs and its dashboard: a run says what matters itself.
     """
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard's Train tab
     if ray.is_initialized():
         yield
         return
-    mine = not os.environ.get("RAY_ADDRESS")
-    ray.init(
-        object_store_memory=OBJECT_STORE_BYTES if mine else None,
+    address = os.environ.get("RAY_ADDRESS")
+    context: Any = ray.init(
+        address or "local",  # not one that somebody else left running on this machine
+        object_store_memory=None if address else OBJECT_STORE_BYTES,
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
+        check_dashboard(context.dashboard_url or "")
         yield
     finally:
         ray.shutdown()

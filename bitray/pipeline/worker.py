@@ -3,7 +3,7 @@
 import errno
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.queue import Queue
 from transformers import PreTrainedModel
 
@@ -41,8 +42,10 @@ from bitray.models.low_rank import (
 )
 from bitray.models.mask_token import add_mask_token, mask_token_id
 from bitray.nn import LowRank
-from bitray.pipeline.config import Config
+from bitray.pipeline.cluster import room_for_another
+from bitray.pipeline.config import Config, Scaling
 from bitray.pipeline.console import Say, speaking
+from bitray.pipeline.faults import OUT_OF_MEMORY, Hung, account, is_out_of_memory
 from bitray.pipeline.folders import (
     StageFolder,
     original,
@@ -53,11 +56,13 @@ from bitray.pipeline.folders import (
 from bitray.pipeline.material import RowKind
 from bitray.pipeline.remix import few_updates, remixing
 from bitray.pipeline.remote_teacher import RemoteTeacher, pool, served
-from bitray.pipeline.saving import Checkpoints, Rewind, Watch
-from bitray.pipeline.sinks import sinks_of
+from bitray.pipeline.saving import STOP, Checkpoints, Rewind, Watch
+from bitray.pipeline.sinks import RayMetrics, run_name, sinks_of
 from bitray.retries import patient
 from bitray.settings import UserError
-from bitray.training import state
+from bitray.training import goodput, state
+from bitray.training.flops import flops_per_token
+from bitray.training.goodput import Clock, Ledger
 from bitray.training.influence import Influence
 from bitray.training.loop import Every, Loop, autocast_for, mean_loss, seed_of
 from bitray.training.metrics import Sink
@@ -65,6 +70,7 @@ from bitray.training.parallel import from_rank_zero, parallelize, world
 from bitray.training.state import Position
 from bitray.training.teacher import Teacher, open_teacher
 from bitray.training.teacher_settings import Actors, Server
+from bitray.training.watch import Watchdog
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What trying again does not help against."""
@@ -94,14 +100,20 @@ class Job:
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
     """Entry point of `TorchTrainer`. What a user can put right is returned, not raised: starting
-    the worker group again would not help."""
+    the worker group again would not help. `again`: others are to go on at once."""
     job: Job = arguments["job"]
+    uri = storage.join(job.config.run_dir, OUT_OF_MEMORY)
+    if from_rank_zero(partial(storage.exists, uri)):
+        return {"out_of_memory": storage.read_json(uri)}
+    clock = Clock()
+    ledger = Ledger(job.config.run_dir, clock) if world()[0] == 0 else None
     with speaking(job.lines) as say, patient(job.config.resume.storage_patience):
         try:
             for name in job.stages:
-                stage = Stage(job, name, ray.train.torch.get_device(), say)
+                stage = Stage(job, name, ray.train.torch.get_device(), say, clock, ledger)
                 if not stage.folder.complete and not stage.run():
-                    return {"stopped": name}
+                    asked = storage.exists(storage.join(job.config.run_dir, STOP))
+                    return {"stopped" if asked else "again": name}
         except Rewind:
             raise
         except (UserError, FloatingPointError) as error:
@@ -111,6 +123,11 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
                 raise
             told = f"{job.config.run_dir}: {error.strerror}"
             return {"error": f"{told}; make room, and the same command continues"}
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):  # raised, so that no other worker waits for this one
+                peak = peak_memory_gb(ray.train.torch.get_device())
+                storage.write_json(uri, account(name, error, peak))
+            raise
     return {}
 
 
@@ -122,6 +139,10 @@ class Stage:
     name: str
     device: torch.device
     say: Say
+    clock: Clock
+    """Where this worker's time goes."""
+    ledger: Ledger | None
+    """Keeps the clock of rank 0."""
     files: dict[str, bytes] = field(init=False)
     """What describes the model in every checkpoint."""
     influence: Influence | None = None
@@ -144,7 +165,9 @@ class Stage:
     def run(self) -> bool:
         """From the predecessor, or from the stage's newest checkpoint, to its end; False if it was
         stopped on the way."""
+        share = self.config.scaling_of(self.name).gpus_per_worker
         if self.device.type == "cuda":  # on CPUs "high" may mean bf16
+            torch.cuda.set_per_process_memory_fraction(share)  # the rest is somebody else's
             torch.set_float32_matmul_precision("high" if self.settings.tf32 else "highest")
         torch.manual_seed(seed_of(self.settings.seed, self.name))
         model, strength = self.student()
@@ -159,9 +182,12 @@ class Stage:
         self.files = model_files(model, tokenizer)
         wrapped = LossModel(model, self.settings.logits_chunk).to(self.device)
         check_documents_isolated(model, self.device)
-        parallelize(wrapped, self.settings, self.device)
+        scaling = self.config.scaling_of(self.name)
+        parallelize(wrapped, self.settings, self.device, scaling.sharding == "hybrid")
         loop, watch = self.loop(wrapped, strength), Watch(self.job.claim)
-        loop.stop_requested = lambda: watch.stop
+        # What `ray.train.get_preemption_info()` gives, which is a collective through an actor.
+        notice = get_train_context().preemption_context
+        loop.stop_requested = lambda: watch.stop or notice.preemption_info is not None
         asked = loop.problem_with
         loop.problem_with = lambda batches: watch.problem or asked(batches)
         try:
@@ -189,6 +215,12 @@ class Stage:
             )
             remote = loop.teacher if isinstance(loop.teacher, RemoteTeacher) else None
             asked = remote.asked(tickets) if remote else tickets
+            watchdog = Watchdog(
+                self.config.scaling_of(self.name).hang_seconds,
+                Hung(self.config.run_dir, self.name, self.say),
+            )
+            around = Every(1, watchdog.ended), Every(1, watchdog.begins)
+            loop.hooks = [around[0], *loop.hooks, around[1]]
             try:
                 loop.run(asked)
             except DataEnded:  # preparing it has failed, or was stopped as this is
@@ -198,6 +230,7 @@ class Stage:
                 if loop.position.step and not from_rank_zero(lambda: checkpoint.is_complete(here)):
                     self.on_save(loop)
             finally:
+                watchdog.close()
                 if remote:
                     remote.close()
             asked.close()
@@ -286,13 +319,17 @@ class Stage:
             teacher=self.teacher(model.model.config.vocab_size),
             position=position,
             hooks=[
-                Every(settings.eval_every, self.on_evaluate),
-                Every(settings.save_every, self.on_save),
+                Every(settings.eval_every, self.on_evaluate, "evaluation"),
+                Every(settings.save_every, self.on_save, "checkpoint"),
                 Every(settings.log_every, self.on_log),
             ],
             sinks=self.sinks(found, position),
+            say=self.say,
             data_step=data["step"] if data else 0,
             sources=tuple(self.config.data.sources),
+            clock=self.clock,
+            mfu_per_rate=self.mfu_per_rate(model),
+            on_worker=self.on_worker(),
         )
         weights = partial(from_rank_zero, self.weights)
         self.influence = remixing(
@@ -309,7 +346,7 @@ class Stage:
             if data and found:
                 self.influence.resume(loop, checkpoint.load_state(found)["influence"])
             # first: a decision has to be taken before a checkpoint of the same step
-            loop.hooks = [Every(1, self.influence), *loop.hooks]
+            loop.hooks = [Every(1, self.influence, "influence"), *loop.hooks]
         return loop
 
     def decided(
@@ -345,12 +382,33 @@ class Stage:
         total = self.settings.total_steps
         if total:
             begins = f"continues from {found}" if found else "begins"
-            self.say(f"{self.name:<9} {begins}, step {position.step}/{total}")
+            self.say(f"{self.name:<9} {begins}, step {position.step}/{total}, {world()[1]} workers")
             notices = self.settings.schedule.notice(total), few_updates(self.config, self.name)
             for notice in filter(None, notices):
                 self.say(f"{self.name:<9} {notice}")
         run_id = digest([self.config.run_dir, self.job.fingerprint])[:16]  # the same after restarts
-        return sinks_of(self.config, self.name, position.step, run_id, self.say)
+        assert self.ledger is not None
+        found_sinks = sinks_of(self.config, self.name, position.step, run_id, self.say)
+        return [*found_sinks, self.ledger]
+
+    def mfu_per_rate(self, model: LossModel) -> float | None:
+        """What to multiply tokens per second with; None where the device's peak is not known."""
+        peak = self.config.cost.peak_flops(self.device)
+        if peak is None:
+            return None
+        parameters = sum(p.numel() for p in model.model.parameters())
+        length = self.settings.max_seq_length
+        return flops_per_token(model.model.config, parameters, length) / (peak * world()[1])
+
+    def on_worker(self) -> Callable[[dict[str, float]], None]:
+        """A sink for this worker's own metrics."""
+        sink = RayMetrics(run_name(self.config), worker=str(world()[0]))
+
+        def tell(metrics: dict[str, float]) -> None:
+            memory = {"worker/peak_memory_gb": peak_memory_gb(self.device)}
+            sink.write(self.name, 0, {**metrics, **memory})
+
+        return tell
 
     def teacher(self, vocabulary: int) -> Teacher | None:
         """The teacher, if any objective asks for one."""
@@ -370,11 +428,12 @@ class Stage:
     # ----------------------------------------------------------------------------- side work
 
     def on_log(self, loop: Loop) -> None:
-        """How often every source has been gone through."""
-        if world()[0] == 0:
+        """How often every source has been gone through, and where the run's time goes."""
+        if self.ledger is not None:
             actor: Any = ray.get_actor(self.job.streams[self.name].actor)
             epochs = ray.get(actor.epochs.remote(self.name, loop.data_step))
-            loop.write({f"mixture/epoch_{name}": count for name, count in epochs.items()})
+            told = {f"mixture/epoch_{name}": count for name, count in epochs.items()}
+            loop.write({**told, **self.ledger.metrics(self.settings.save_every)})
 
     def on_evaluate(self, loop: Loop) -> None:
         """Held-out losses on the way; a new best is kept. The end has its own evaluation."""
@@ -391,6 +450,16 @@ class Stage:
         """A checkpoint of this step; old ones go."""
         if not loop.at_end and (loop.stopped or self.checkpoints.possible(loop)):
             self.save(loop, self.folder.step(loop.position.step))
+            scaling = self.config.scaling_of(self.name)
+            if world()[1] < scaling.most and not loop.stopped:
+                # a checkpoint is where nothing is lost by it
+                loop.stopped = from_rank_zero(partial(self.grows, scaling))
+
+    def grows(self, scaling: Scaling) -> bool:
+        """Whether there is room for more workers than these by now."""
+        if more := room_for_another(scaling):
+            self.say(f"{self.name:<9} there is room for more than {world()[1]} workers")
+        return more
 
     def finish(self, loop: Loop) -> None:
         """The last evaluation and the final checkpoint, which says that the stage has ended."""
@@ -401,6 +470,7 @@ class Stage:
         self.record(self.name, losses)
         self.save(loop, self.folder.final)
 
+    @goodput.counted("evaluation")
     def evaluate(self, model: LossModel, batches: int | None = None) -> dict[str, float]:
         """Held-out loss per domain at strength 1, on so many batches of each or on all."""
         some = {name: found[:batches] for name, found in self.validation.items()}
@@ -411,11 +481,14 @@ class Stage:
         position = loop.position
         told = {f"eval/{domain}_loss": loss for domain, loss in losses.items()}
         loop.write({**told, "train/peak_memory_gb": peak_memory_gb(self.device)})
+        for sink in loop.sinks:
+            sink.flush()  # a sweep decides by them
         if position.best is None or mean_loss(losses) < position.best:
             position.best = mean_loss(losses)
             if not loop.at_end:
                 self.save(loop, self.folder.best)
 
+    @goodput.counted("checkpoint")
     def save(self, loop: Loop, directory: str) -> None:
         """Begin a checkpoint of the loop as it stands."""
         data: dict[str, Any] | None = None

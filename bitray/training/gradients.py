@@ -3,6 +3,7 @@
 One all-reduce of `[layers, n, n]` numbers gives exact inner products: no gradient is gathered.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -50,7 +51,16 @@ def gram_matrix(
     for index in range(len(layers)):
         rows = torch.stack([gradient[index] for gradient in found])
         gram[index] = rows @ rows.t()
-    return all_reduce_sums(gram).cpu().double().numpy()
+    replicas = _replicas(next(loop.model.parameters()))
+    return all_reduce_sums(gram).cpu().double().numpy() / replicas
+
+
+def _replicas(parameter: nn.Parameter) -> int:
+    """How many workers hold each part of it."""
+    if not isinstance(parameter.data, DTensor):
+        return 1
+    sizes = zip(parameter.data.device_mesh.shape, parameter.data.placements, strict=True)
+    return math.prod(size for size, placement in sizes if placement.is_replicate())
 
 
 @contextmanager

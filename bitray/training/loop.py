@@ -17,6 +17,7 @@ from bitray.nn.curricula import set_saliency, set_sparsity, track_columns, updat
 from bitray.nn.linear import set_strength
 from bitray.optim import Reports, clip_grad_norm, set_learning_rates
 from bitray.settings import UserError
+from bitray.training.goodput import PRODUCTIVE, Clock
 from bitray.training.metrics import Sink, write_all
 from bitray.training.parallel import (
     all_gather_objects,
@@ -27,6 +28,7 @@ from bitray.training.parallel import (
 from bitray.training.settings import TrainingSettings
 from bitray.training.state import Position
 from bitray.training.teacher import Teacher
+from bitray.training.watch import OwnWork, Stragglers
 
 Tickets = Iterator[tuple[int, Batch]]
 """Numbered micro-batches of one worker, from `data_step` on (see `data.tickets`)."""
@@ -41,6 +43,8 @@ class Every(NamedTuple):
 
     period: int
     fn: Callable[["Loop"], None]
+    cause: str = "other"
+    """What its time is counted as (see `training.goodput`)."""
 
 
 def seed_of(*parts: object) -> int:
@@ -69,6 +73,8 @@ class Window:
     """`Loop.source_sums` at its start."""
     started: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
+    own: float = 0.0
+    """Seconds of this worker's work before it had to wait for others."""
     steps: int = 0
     updates: int = 0
     """Steps that were not skipped."""
@@ -100,6 +106,14 @@ class Loop:
     told to begin its data or its counters anew."""
     sources: Sequence[str] = ()
     """Names of what `source_id` numbers."""
+    clock: Clock = field(default_factory=Clock)
+    """Where this worker's time goes."""
+    mfu_per_rate: float | None = None
+    """Model FLOPs utilisation for one token a second, of all workers; None: not known."""
+    on_worker: Callable[[dict[str, float]], None] = lambda _: None
+    """Told this worker's own metrics, on every worker, whenever there are metrics of all."""
+    say: Callable[[str], None] = lambda _: None
+    """Where a worker that is slow is named."""
     window: Window = field(default_factory=Window)
     source_sums: torch.Tensor = field(init=False)
     """Of this worker since the start, by source: tokens, cross-entropy, labels. [3, sources]"""
@@ -109,17 +123,24 @@ class Loop:
         self.source_sums = torch.zeros(shape, dtype=torch.float64, device=self.device)
         if self.settings.saliency_curriculum.enabled:
             track_columns(self.model)
+        # a compiled layer would run hooks of its parts once, when it is traced
+        watched = self.model if not self.settings.torch_compile.enabled else None
+        self.own_work, self.stragglers = OwnWork(watched, self.device), Stragglers()
 
     def run(self, tickets: Tickets) -> Position:
         """Train until the stage's end, or until somebody asks to stop (then `stopped` is set)."""
         self.model.train()
         self.window = Window(before=self.source_sums.clone())
-        while not (self.at_end or self.stopped):
-            began = time.perf_counter()
-            batches = self._draw(tickets)
-            self.window.waited += time.perf_counter() - began
-            self._step(batches)
-            self._after()
+        with self.clock.during(PRODUCTIVE):
+            while not (self.at_end or self.stopped):
+                began = time.perf_counter()
+                self.own_work.begin()
+                with self.clock.during("data_wait"):
+                    batches = self._draw(tickets)
+                self.window.waited += time.perf_counter() - began
+                self._step(batches)
+                self.own_work.end()
+                self._after()
         return self.position
 
     @property
@@ -209,9 +230,12 @@ class Loop:
     def _count(
         self, batches: list[Batch], passes: list[Pass], weights: dict[str, float]
     ) -> dict[str, float]:
-        """Terms of every objective, real tokens, wishes to stop: of all workers, in one reduce."""
+        """Terms of every objective, real tokens, wishes to stop, own work: of all workers, in one
+        reduce."""
         names = [*weights, "tokens", "stop", "problem"]
-        sums = torch.zeros(len(names), dtype=torch.float64, device=self.device)
+        rank, size = world()
+        every = torch.zeros(len(names) + size, dtype=torch.float64, device=self.device)
+        sums = every[: len(names)]
         for each in passes:
             for name in each.names:
                 sums[names.index(name)] += getattr(self.settings.objectives, name).count(each.view)
@@ -219,7 +243,11 @@ class Loop:
         sums[-3] = sum(batch.real.sum() for batch in batches)
         sums[-2] = float(self.stop_requested())
         sums[-1] = float(problem is not None)
-        counts = dict(zip(names, all_reduce_sums(sums).tolist(), strict=True))
+        every[len(names) + rank] = own = self.own_work.seconds()
+        self.window.own += own
+        reduced = all_reduce_sums(every).tolist()
+        counts = dict(zip(names, reduced, strict=False))
+        self._compare(reduced[len(names) :])
         if counts.pop("problem"):
             told = next(filter(None, all_gather_objects(problem)))
             raise UserError(f"{self.stage}, step {self.position.step}: {told}")
@@ -229,6 +257,12 @@ class Loop:
                 "whole global batch; every label is masked"
             )
         return counts
+
+    def _compare(self, own_work: list[float]) -> None:
+        """Name a worker that is slow."""
+        slow = self.stragglers.note(own_work, self.own_work.step_seconds)
+        if slow and world()[0] == 0:
+            self.say(f"{self.stage:<9} step {self.position.step}: {slow}")
 
     def _balanced(
         self, passes: list[Pass], counts: dict[str, float], weights: dict[str, float]
@@ -355,13 +389,25 @@ class Loop:
             self._log()
         for hook in self.hooks:
             if step % hook.period == 0 or self.at_end or self.stopped:
-                hook.fn(self)
+                with self.clock.during(hook.cause):
+                    hook.fn(self)
         if self.window.steps and self.at_end:  # since an evaluation just now
             self._log()
 
     def _log(self) -> None:
         self.write(self._summary())
+        self.on_worker(self._worker_metrics())
         self.window = Window(before=self.source_sums.clone())
+
+    def _worker_metrics(self) -> dict[str, float]:
+        """Of this worker alone, over the window."""
+        window, seconds = self.window, time.perf_counter() - self.window.started
+        steps = max(window.steps, 1)
+        return {
+            "worker/own_seconds": window.own / steps,
+            "worker/step_seconds": seconds / steps,
+            "worker/data_wait": window.waited / seconds,
+        }
 
     def write(self, metrics: dict[str, float]) -> None:
         """Metrics of the current step to every sink (of rank 0)."""
@@ -398,6 +444,8 @@ class Loop:
             metrics[f"schedule/lr_{group['name']}"] = group["lr"]
         if isinstance(self.optimizer, Reports):
             metrics |= {f"train/{name}": value for name, value in self.optimizer.report().items()}
+        if self.mfu_per_rate is not None:
+            metrics["train/mfu"] = self.mfu_per_rate * window.counts["tokens"] / seconds
         step, total = max(0, self.position.schedule_step - 1), settings.total_steps
         if settings.saliency_curriculum.enabled:
             metrics["schedule/saliency_k"] = settings.saliency_curriculum.k(step, total)

@@ -105,11 +105,22 @@ class WeightsAndBiases:
     """One W&B run over all stages and restarts. It is spoken to from a thread, so that a tracker
     that is down or slow never costs a step; what it missed is in `metrics.jsonl`."""
 
-    def __init__(self, project: str, name: str, run_id: str, directory: str, config: Any) -> None:
+    def __init__(
+        self,
+        project: str,
+        name: str,
+        run_id: str,
+        directory: str,
+        config: Any,
+        *,
+        group: str | None = None,
+        tags: Sequence[str] = (),
+    ) -> None:
         online = bool(os.environ.get("WANDB_API_KEY")) or os.environ.get("WANDB_MODE") == "online"
         remote = storage.is_remote(directory)
         arguments = {
             "project": project, "name": name, "id": run_id, "resume": "allow", "config": config,
+            "group": group, "tags": list(tags),
             "dir": tempfile.mkdtemp(prefix="bitray-") if remote else directory,
             "mode": "online" if online else "offline",
         }  # fmt: skip

@@ -1,5 +1,6 @@
 """How a model is laid over the workers: checkpointed, compiled, then sharded - in that order."""
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -7,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from bitray.models.families import decoder_layers
@@ -25,8 +26,11 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def parallelize(model: LossModel, settings: TrainingSettings, device: torch.device) -> LossModel:
-    """Lay the model over the workers, in place. One worker is not sharded."""
+def parallelize(
+    model: LossModel, settings: TrainingSettings, device: torch.device, hybrid: bool = False
+) -> LossModel:
+    """Lay the model over the workers, in place. One worker is not sharded. `hybrid` shards over the
+    workers of a node and replicates between nodes: what layers gather stays inside a node."""
     layers = decoder_layers(model.model)
     if settings.fp8.enabled and bit_linears(model):
         told = all_gather_objects(settings.fp8.problem(device.type, capability_of(device)))
@@ -41,8 +45,20 @@ def parallelize(model: LossModel, settings: TrainingSettings, device: torch.devi
         for index, layer in enumerate(layers):
             layers[index] = checkpoint_wrapper(layer, preserve_rng_state=False)
     if world()[1] > 1:
-        _shard(model, layers, device)
+        _shard(model, layers, _mesh(device, hybrid))
     return model
+
+
+def _mesh(device: torch.device, hybrid: bool) -> DeviceMesh:
+    size, here = world()[1], int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not hybrid:
+        return init_device_mesh(device.type, (size,))
+    if len(set(all_gather_objects(here))) > 1 or here in (1, size):
+        raise UserError(
+            "scaling.sharding: hybrid needs several nodes with as many workers each, more than "
+            f"one; there are {size} workers, {here} on this node: take full"
+        )
+    return init_device_mesh(device.type, (size // here, here), mesh_dim_names=("node", "worker"))
 
 
 def _compile(layers: nn.ModuleList, settings: TrainingSettings) -> None:
@@ -54,9 +70,8 @@ def _compile(layers: nn.ModuleList, settings: TrainingSettings) -> None:
         layer.forward = torch.compile(layer.forward, mode=options.mode, fullgraph=options.fullgraph)
 
 
-def _shard(model: LossModel, layers: nn.ModuleList, device: torch.device) -> None:
+def _shard(model: LossModel, layers: nn.ModuleList, mesh: DeviceMesh) -> None:
     """FSDP2. Masters are gathered in fp32: the ternary decision is taken from them (SEMANTICS)."""
-    mesh = init_device_mesh(device.type, (world()[1],))
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)

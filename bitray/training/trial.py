@@ -9,6 +9,7 @@ import json
 import math
 import pickle
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,8 @@ from bitray.training.teacher import Teacher, placed
 from bitray.training.teacher_settings import Actors, Server, Teachers
 
 LOOK_SECONDS = 0.02
+TIMED_STEPS = 3
+"""Steps whose median time is a trial's; one more before them warms up."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Trial:
     device: str
     rank: int
     world: int
+    timed: bool = False
+    """Whether its rate is wanted too, which takes some more steps."""
 
 
 def candidates(rows: int, workers: int) -> list[int]:
@@ -71,6 +76,12 @@ def largest(sizes: list[int], fits: Callable[[int], bool]) -> int | None:
 def peak(trial: Trial, batch_size: int, limit: float) -> float:
     """Bytes that a trial takes at most, infinite where it came to more than `limit` or to an end.
     On GPUs of GPU memory, on CPUs of resident memory, watched while it grows."""
+    return tried(trial, batch_size, limit)[0]
+
+
+def tried(trial: Trial, batch_size: int, limit: float) -> tuple[float, float]:
+    """As `peak`, and the worker's tokens per second where the trial is timed, else NaN. What other
+    workers would cost in communication is not in it."""
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
             [sys.executable, "-m", __name__],
@@ -84,11 +95,12 @@ def peak(trial: Trial, batch_size: int, limit: float) -> float:
                 process.kill()
             time.sleep(LOOK_SECONDS)
         if process.returncode < 0:  # killed: by us, or by a machine out of memory
-            return math.inf
+            return math.inf, math.nan
         if process.returncode:
             said.seek(0)
             raise RuntimeError(f"a trial of a micro-batch failed:\n{said.read().decode()}")
-        return float(json.loads(process.stdout.read().splitlines()[-1]))
+        taken, rate = json.loads(process.stdout.read().splitlines()[-1])
+        return float(taken), float(rate)
 
 
 def _resident(pid: int) -> float:
@@ -116,21 +128,24 @@ def memory(device: str, workers: int) -> float:
 # --------------------------------------------------------------------------------- in the process
 
 
-def measured(trial: Trial, batch_size: int) -> float:
-    """Peak bytes of the steps in which the stage takes most; infinite if a GPU has not so much."""
+def measured(trial: Trial, batch_size: int) -> tuple[float, float]:
+    """Peak bytes of the steps in which the stage takes most, infinite if a GPU has not so much; and
+    tokens per second."""
     device = torch.device(trial.device)
     try:
-        _some_steps(trial, batch_size, device)
+        rate = _some_steps(trial, batch_size, device)
     except torch.OutOfMemoryError:
-        return math.inf
+        return math.inf, math.nan
     if device.type == "cuda":
-        return float(torch.cuda.max_memory_reserved(device))
+        return float(torch.cuda.max_memory_reserved(device)), rate
     # ru_maxrss would be that of the process which started this one, where that was larger.
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    high = next(float(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return high, rate
 
 
-def _some_steps(trial: Trial, batch_size: int, device: torch.device) -> None:
+def _some_steps(trial: Trial, batch_size: int, device: torch.device) -> float:
+    """Tokens per second of the steps of the stage's end, if they are timed."""
     if trial.world > 1:
         _alone_among(trial.rank, trial.world)
     tickets = min(trial.settings.rows_per_step // batch_size, 2 * trial.world)
@@ -154,10 +169,12 @@ def _some_steps(trial: Trial, batch_size: int, device: torch.device) -> None:
     _take_state(model, optimizer)
     autocast = autocast_for(device, settings.precision)
     teacher = _teacher(trial, device, autocast) if settings.needs_teacher else None
-    steps = telling_steps(settings)
+    steps, ends = telling_steps(settings), [time.perf_counter()]
+    steps += [settings.total_steps - 1] * (1 + TIMED_STEPS) * trial.timed
     loop = Loop("trial", model, optimizer, settings, device, autocast, teacher)
 
     def go_on(each: Loop) -> None:
+        ends.append(time.perf_counter())
         if steps:
             each.position.schedule_step = steps.pop()
         else:
@@ -166,6 +183,11 @@ def _some_steps(trial: Trial, batch_size: int, device: torch.device) -> None:
     loop.hooks = [Every(1, go_on)]
     loop.position.schedule_step = steps.pop()
     loop.run(_made_up(tickets, batch_size, settings.max_seq_length, student.config.vocab_size))
+    if not trial.timed:
+        return math.nan
+    seconds = statistics.median(b - a for a, b in itertools.pairwise(ends[1 : 2 + TIMED_STEPS]))
+    mine = len(Deal(tickets, trial.world).step(trial.rank, 0))
+    return mine * batch_size * settings.max_seq_length / seconds
 
 
 def _teacher(trial: Trial, device: torch.device, autocast: torch.autocast) -> Teacher:

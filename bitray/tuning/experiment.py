@@ -2,6 +2,7 @@
 
 import logging
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from bitray.tuning.linear import Linear, at_most_zero
 from bitray.tuning.parameter import Parameter, encoded, mixed, name_of
 from bitray.tuning.space import SearchSpace
 
+LEAST_OBSERVED, OBSERVED_PER_PARAMETER = 5, 2
+"""Trials that a surrogate takes before its sensitivities are told: fewer fit anything."""
 TYPES: dict[type, Any] = {bool: "bool", int: "int", float: "float", str: "str"}
 
 
@@ -69,6 +72,55 @@ def from_json(text: str) -> Client:
         path = Path(folder) / "ax.json"
         path.write_text(text)
         return Client.load_from_json_file(str(path))
+
+
+def importance(
+    state: str, space: SearchSpace, observed: int
+) -> tuple[dict[str, dict[str, float]], str]:
+    """What each objective depends on, by a surrogate of the `observed` trials in Ax's state.
+
+    Objective -> path -> total-order Sobol index as a share of their sum, negative where a larger
+    value makes the objective smaller (Sobol 2001; the sign is the mean gradient's). And a sentence
+    on how far to trust them: R2 of the surrogate at trials left out one by one. Trials that were
+    stopped early count with what they reported last. No shares where there are too few trials.
+    """
+    from ax.analysis.plotly.cross_validation import CrossValidationPlot
+    from ax.analysis.plotly.sensitivity import SensitivityAnalysisPlot
+
+    needed = max(LEAST_OBSERVED, OBSERVED_PER_PARAMETER * len(space.searched()))
+    if observed < needed:
+        return {}, f"importance of parameters: too few trials, {observed} of the {needed} it takes"
+    client = from_json(state)
+    # Its own strategy may not have come to a surrogate yet: this one begins with it.
+    client.configure_generation_strategy(initialization_budget=0, initialize_with_center=False)
+    shares, fits = {}, []
+    for name in space.objectives:
+        with with_rng_seed(space.seed):
+            indices, left_out = client.compute_analyses(
+                [SensitivityAnalysisPlot(name), CrossValidationPlot([name])], display=False
+            )
+        table = _table(indices)
+        found = dict(zip(table["parameter_name"], map(float, table["sensitivity"]), strict=True))
+        shares[name] = {path: _share(found, name_of(path)) for path in space.searched()}
+        fits.append(f"{_r2(_table(left_out)):.2f} for {name}")
+    told = ", ".join(fits)
+    return shares, f"importance is that of a surrogate whose R2 at trials left out is {told}"
+
+
+def _share(found: Mapping[str, float], name: str) -> float:
+    """Of a parameter; the surrogate sees a choice as one column for each value."""
+    if name in found:
+        return found[name]
+    return sum(abs(share) for column, share in found.items() if column.startswith(f"{name}_OH_"))
+
+
+def _table(card: Any) -> Any:
+    return next(iter(card.flatten())).df
+
+
+def _r2(table: Any) -> float:
+    rest = ((table["observed"] - table["predicted"]) ** 2).sum()
+    return float(1 - rest / ((table["observed"] - table["observed"].mean()) ** 2).sum())
 
 
 def _parameter(

@@ -6,6 +6,7 @@ Rates are searched in log10, linearly, so that constraints may speak of them; Ax
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
@@ -115,6 +116,18 @@ class Parameter(Settings):
 def name_of(path: str) -> str:
     """Ax parses names, and dots are operators there."""
     return re.sub(r"\W", "__", path)
+
+
+def labels(paths: Iterable[str]) -> dict[str, str]:
+    """Short names for people: the shortest ends of two words or more that tell paths apart."""
+    parts = {path: path.split(".") for path in paths}
+    found = {}
+    for path, own in parts.items():
+        size = 2
+        while sum(each[-size:] == own[-size:] for each in parts.values()) > 1:
+            size += 1
+        found[path] = ".".join(own[-size:])
+    return found
 
 
 def encoded(parameter: Parameter, value: Any) -> Any:

@@ -10,7 +10,7 @@ import json
 import math
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,22 @@ class Found:
     overrides: dict[str, Any]
     status: str
     metrics: dict[str, float]
+
+
+def front(space: SearchSpace, trials: Sequence[Found]) -> list[Found]:
+    """Those of which no other is better in all objectives, see `AxSearcher.front`."""
+    known = [t for t in trials if t.status == "completed" and space.allows(t.metrics)]
+    return [a for a in known if not any(_dominates(space, b, a) for b in known)]
+
+
+def _dominates(space: SearchSpace, one: Found, other: Found) -> bool:
+    gains = [
+        (other.metrics[name] - one.metrics[name]) * (1 if how == "minimize" else -1)
+        for name, how in space.objectives.items()
+    ]
+    if any(gains):
+        return min(gains) >= 0
+    return len(gains) == 1 and one.index < other.index
 
 
 class AxSearcher(Searcher):
@@ -72,12 +88,13 @@ class AxSearcher(Searcher):
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         """The end of a trial, however it ended. `UserError` for a metric it did not report."""
-        status = self._status(result, error)
+        status = self.status(result, error)
         if result and status == "completed":
             self._check_reported(result)
         self._put(self._event(status, trial_id, result or {}))
 
-    def _status(self, result: dict[str, Any] | None, error: bool) -> str:
+    def status(self, result: Mapping[str, Any] | None, error: bool = False) -> str:
+        """How a trial ended whose last result this is."""
         if error or not result:
             return "failed"  # which tells nothing against these settings
         values = [result[name] for name in self.space.objectives if name in result]
@@ -181,21 +198,11 @@ class AxSearcher(Searcher):
     def front(self) -> list[Found]:
         """Trials of which no other is better in all objectives, among those that completed and keep
         the outcome constraints; of a single objective the best one. Waits for Ax."""
-        trials = [
-            each
-            for each in self.ended()
-            if each.status == "completed" and self.space.allows(each.metrics)
-        ]
-        return [a for a in trials if not any(self._dominates(b, a) for b in trials)]
+        return front(self.space, self.ended())
 
-    def _dominates(self, one: Found, other: Found) -> bool:
-        gains = [
-            (other.metrics[name] - one.metrics[name]) * (1 if how == "minimize" else -1)
-            for name, how in self.space.objectives.items()
-        ]
-        if any(gains):
-            return min(gains) >= 0
-        return len(gains) == 1 and one.index < other.index
+    def index(self, trial_id: str) -> int | None:
+        """Ax's number of a trial of Tune."""
+        return self._trials.get(trial_id)
 
     # --------------------------------------------------------------------- the thread with Ax
 

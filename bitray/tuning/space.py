@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import yaml
 from pydantic import Field, model_validator
 
 from bitray.pipeline.config import Config
@@ -83,6 +84,8 @@ class SearchSpace(Composed):
     scheduler: Scheduler = Scheduler()
     budget: dict[str, StageBudget] = {}
     seed: int = 0
+    keep_checkpoints: bool = False
+    """Of trials, after their end; the best configuration is trained again without them."""
 
     @classmethod
     def load(cls, path: str | None = None, overrides: Sequence[str] = ()) -> "SearchSpace":
@@ -135,6 +138,12 @@ class SearchSpace(Composed):
             if budget.tokens:
                 lengths[f"stages.{stage}.total_tokens"] = budget.tokens
         return lengths
+
+    def dump(self) -> str:
+        """YAML of this very space: budgets and words are part of its run."""
+        run = {"groups": {}, **self.config().model_dump(mode="json")}
+        told = self.model_dump(mode="json", exclude_unset=True, exclude={"run", "budget"})
+        return yaml.safe_dump({**told, "run": run}, sort_keys=False, allow_unicode=True)
 
     # ------------------------------------------------------------------------------- points
 

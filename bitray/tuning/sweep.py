@@ -4,27 +4,37 @@
 larger `num_trials` adds to it.
 """
 
+import json
 import logging
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import ray
 from ray import tune
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
 from bitray import storage
-from bitray.pipeline.config import Config
-from bitray.pipeline.fit import reserved_cpus
+from bitray.pipeline.config import Config, Scaling
+from bitray.pipeline.identity import differences, mathematical_settings
 from bitray.pipeline.material import prepared_root
-from bitray.pipeline.plan import plan
-from bitray.pipeline.run import located, run
+from bitray.pipeline.plan import needed, plan
+from bitray.pipeline.run import located, prepare_only, run
 from bitray.pipeline.session import ray_session
 from bitray.settings import UserError
-from bitray.tuning.report import write_report
+from bitray.tuning.cost import Clock
+from bitray.tuning.live import Watch
+from bitray.tuning.report import ATTEMPTS, write_report
 from bitray.tuning.searcher import AxSearcher
 from bitray.tuning.space import SearchSpace
-from bitray.tuning.trial import clean, lengths, trained, trial, trial_config
+from bitray.tuning.trial import clean, evaluated, lengths, trained, trial, trial_config
 
+SPACE = "space.yaml"
+"""Of a sweep's folder: what it searches, with the words of the command line."""
+ESSENCE = {"parameters", "constraints", "objectives", "outcome_constraints"}
+"""What makes a space another one; of the rest more may be asked later."""
+DRIVER = {"memory": 2.0**20}
+"""What the process of a trial asks for: it only waits, and all CPUs are for workers and readers."""
 RETRIES = 2
 """Of a trial that fails for no fault of its settings; it goes on where it stood."""
 
@@ -33,25 +43,51 @@ def sweep(space: SearchSpace, name: str) -> str:
     """Try all points of a sweep that were not tried yet. Returns its summary."""
     config = located(space.config())
     folder = storage.join(config.output_dir, config.experiment or name)
-    if storage.is_remote(folder):
-        raise UserError(f"output_dir: {folder} is remote; trials link what they share, locally")
+    claim(space, config, folder)
     searcher = AxSearcher(space, file=storage.join(folder, "searcher.json"))
     searcher.hand_out_again()
-    left = space.num_trials - len({each.index for each in searcher.ended()})
+    before = searcher.ended()
+    left = space.num_trials - len({each.index for each in before})
+    storage.write_text(storage.join(folder, SPACE), space.dump())
     with ray_session():
         if left > 0:
             base = common(config, folder)
-            _tuner(searcher, config, base, left).fit()
-            for each in searcher.ended():  # also of those that were stopped
-                clean(trial_config(config, base, each.overrides))
+            clock, watch = Clock(storage.join(folder, ATTEMPTS)), Watch(searcher, before)
+            try:
+                _tuner(searcher, config, base, left, [clock, watch]).fit()
+            finally:
+                watch.close()
+            if not space.keep_checkpoints:
+                for each in searcher.ended():
+                    clean(trial_config(config, base, each.overrides))
         return write_report(folder, space, config, searcher)
 
 
-def analyze(space: SearchSpace, folder: str) -> str:
+def claim(space: SearchSpace, config: Config, folder: str) -> None:
+    """Note in the folder which sweep it holds; `UserError` if that is another one, whose trials do
+    not compare with these."""
+    said = space.model_dump(mode="json", include=ESSENCE)
+    here = json.loads(json.dumps({"space": said, "run": mathematical_settings(config)}))
+    uri = storage.join(folder, "sweep.json")
+    changed = differences(storage.read_json(uri), here) if storage.exists(uri) else {}
+    if changed:
+        path, (old, new) = next(iter(changed.items()))
+        more = f", and {len(changed) - 1} more differences" if len(changed) > 1 else ""
+        raise UserError(
+            f"{folder} holds another sweep: {path} is {old!r} there and {new!r} here{more}; take "
+            "another experiment=NAME"
+        )
+    storage.write_json(uri, here)
+
+
+def analyze(folder: str) -> str:
     """Write the report of a sweep again; no trials."""
-    file = storage.join(folder, "searcher.json")
-    if not storage.exists(file):
-        raise UserError(f"--analyze-only {folder}: there is no sweep; {file} is missing")
+    folder = storage.absolute(folder)
+    file, spoken = storage.join(folder, "searcher.json"), storage.join(folder, SPACE)
+    for each in (file, spoken):
+        if not storage.exists(each):
+            raise UserError(f"--analyze-only {folder}: there is no sweep; {each} is missing")
+    space = SearchSpace.load_text(storage.read_text(spoken), spoken)
     searcher = AxSearcher(space, ahead=0, file=file)
     return write_report(folder, space, located(space.config()), searcher)
 
@@ -82,54 +118,96 @@ def common(config: Config, folder: str) -> str:
     base = config.override({**place, **steps})
     if before:
         run(base)
+    else:
+        prepare_only(base)
     return base.run_dir
 
 
-def _tuner(searcher: AxSearcher, config: Config, base: str, trials: int) -> tune.Tuner:
+def _tuner(
+    searcher: AxSearcher, config: Config, base: str, trials: int, callbacks: list[tune.Callback]
+) -> tune.Tuner:
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    total = sum(lengths(config).values())
-    space = searcher.space
-    how = space.scheduler
-    scheduler: Any = FIFOScheduler()
-    if how.type == "asha":
-        scheduler = AsyncHyperBandScheduler(
-            time_attr="tokens",
-            metric="loss",
-            mode="min",
-            max_t=total,
-            grace_period=max(1, math.floor(how.grace * total)),
-            reduction_factor=how.reduction_factor,
-        )
+    space, most = searcher.space, room(config)
+    if space.max_concurrent and space.max_concurrent > most:
+        print(f"note: the cluster holds {most} trials at a time, not {space.max_concurrent}")
     shared = config.override({"data.prepared_dir": prepared_root(config)})
     return tune.Tuner(
-        tune.with_resources(tune.with_parameters(trial, config=shared, base=base), {"CPU": 0.01}),
+        tune.with_resources(tune.with_parameters(trial, config=shared, base=base), DRIVER),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
-            scheduler=scheduler,
+            scheduler=scheduler_of(searcher, config, base),
             num_samples=trials,
-            max_concurrent_trials=space.max_concurrent or room(config),
+            max_concurrent_trials=min(space.max_concurrent or most, most),
+            reuse_actors=False,  # the run of a trial that was stopped ends with its process
         ),
         run_config=tune.RunConfig(
             name="tune",
             storage_path=base.rpartition("/")[0],
             failure_config=tune.FailureConfig(max_failures=RETRIES),
-            verbose=1,
+            callbacks=[*callbacks, Cleaner(config, base, space.keep_checkpoints)],
+            verbose=0,
         ),
     )
 
 
+class Cleaner(tune.Callback):
+    """Deletes checkpoints of trials that ended. The workers of one that was stopped may write yet
+    another, so those that ended before are looked at again."""
+
+    def __init__(self, config: Config, base: str, keep: bool) -> None:
+        self.config, self.base, self.keep = config, base, keep
+        self.ended: list[dict[str, Any]] = []
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self.ended.append(trial.config)
+        for sample in self.ended if not self.keep else ():
+            clean(trial_config(self.config, self.base, sample))
+
+
+def scheduler_of(searcher: AxSearcher, config: Config, base: str) -> TrialScheduler:
+    """Early stopping by what all trials have told, those of a driver that is gone included."""
+    how, total = searcher.space.scheduler, sum(lengths(config).values())
+    if how.type == "none":
+        return FIFOScheduler()
+    asha: Any = AsyncHyperBandScheduler(
+        time_attr="tokens",
+        metric="loss",
+        mode="min",
+        max_t=total,
+        grace_period=max(1, math.floor(how.grace * total)),
+        reduction_factor=how.reduction_factor,
+    )
+    for each in searcher.ended():
+        before = SimpleNamespace(trial_id=f"ended-{each.index}")
+        asha.on_trial_add(None, before)
+        for told in evaluated(trial_config(config, base, each.overrides)):
+            if math.isfinite(told["loss"]):
+                asha.on_trial_result(None, before, told)
+    return asha
+
+
 def room(config: Config) -> int:
     """Trials that the cluster holds beside each other; `UserError` if it holds none."""
-    there = ray.cluster_resources()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
     found = []
     for name in trained(config):
-        how = config.scaling_of(name)
-        found.append(there.get("CPU", 0) / reserved_cpus(how))
-        if how.use_gpu:
-            found.append(there.get("GPU", 0) / how.num_workers)
+        how, (cpus_of_one, gpus_of_one) = config.scaling_of(name), needed(config, name)
+        found.append(cpus / cpus_of_one)
+        found.append(sum(_workers(node, how) for node in nodes) / how.fewest)
+        if gpus_of_one:
+            found.append(gpus / gpus_of_one)
     if min(found) < 1:
         raise UserError("scaling: the cluster does not hold the workers of a single trial")
     return math.floor(min(found))
+
+
+def _workers(node: dict[str, float], how: Scaling) -> int:
+    """How many workers a node takes, each of them whole."""
+    fitting = node.get("CPU", 0.0) / how.cpus_per_worker
+    if how.use_gpu:
+        fitting = min(fitting, node.get("GPU", 0.0) / how.gpus_per_worker)
+    return math.floor(fitting + 1e-9)
 
 
 def _shown(parameter: Any) -> str:

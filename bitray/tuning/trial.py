@@ -4,7 +4,6 @@ import math
 import statistics
 import threading
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -25,12 +24,22 @@ MEMORY = "out of memory"
 
 def trial_config(config: Config, base: str, overrides: Mapping[str, Any]) -> Config:
     """The configuration of a trial: in a folder of its own beside `base`, named by its sample, so
-    that the same sample finds what it has done before."""
+    that the same sample finds what it has done before; stages that none varies are those of `base`.
+    For W&B the sweep is a group."""
+    sweep = base.rpartition("/")[0]
     place = {
-        "output_dir": storage.join(base.rpartition("/")[0], "trials"),
-        "experiment": digest(dict(overrides))[:12],
+        "output_dir": storage.join(sweep, "trials"),
+        "experiment": trial_name(overrides),
+        "logging.wandb.group": sweep.rpartition("/")[2],
+        "logging.wandb.tags": trained(config),
+        **{f"stages.{n}.shared_run": base for n in config.stages if n not in trained(config)},
     }
     return config.override({**overrides, **place})
+
+
+def trial_name(overrides: Mapping[str, Any]) -> str:
+    """Of a trial's folder: a hash of its sample."""
+    return digest(dict(overrides))[:12]
 
 
 def trial(sample: dict[str, Any], config: Config, base: str) -> None:
@@ -59,12 +68,11 @@ def trial(sample: dict[str, Any], config: Config, base: str) -> None:
             raise errors[0]
         tune.report({**last, "loss": math.nan, "abandoned": reason})
         return
-    clean(config)
     tune.report(last)
 
 
 def clean(config: Config) -> None:
-    """Delete a trial's checkpoints; what trials have in common is only linked, and stays."""
+    """Delete a trial's checkpoints; what trials have in common lies elsewhere, and stays."""
     for stage in trained(config):
         storage.remove(storage.join(config.run_dir, f"{stage}_checkpoint"))
 
@@ -85,19 +93,15 @@ def _hopeless(error: BaseException) -> str | None:
 
 
 def share(config: Config, base: str) -> None:
-    """Link what is done once for all trials into the folder of one."""
+    """Tell the folder of a trial what became of the stages that all have in common."""
     evaluations = storage.join(config.run_dir, EVALUATIONS)
     if not storage.exists(evaluations):
         known = read_evaluations(base).items()
         storage.write_json(evaluations, {k: v for k, v in known if k not in trained(config)})
     for stage in config.stages:
-        here = Path(config.run_dir, f"{stage}_checkpoint")
-        if stage not in trained(config) and not here.is_symlink():
-            here.symlink_to(Path(base, here.name))
-            order = storage.join(base, "mixture", f"{stage}.json")
-            if storage.exists(order):  # where the next stage's rows begin
-                to = storage.join(config.run_dir, "mixture", f"{stage}.json")
-                storage.write_json(to, storage.read_json(order))
+        here, there = (storage.join(d, "mixture", f"{stage}.json") for d in (config.run_dir, base))
+        if stage not in trained(config) and not storage.exists(here) and storage.exists(there):
+            storage.write_json(here, storage.read_json(there))  # where the next stage's rows begin
 
 
 def trained(config: Config) -> list[str]:
@@ -119,15 +123,19 @@ def follow(config: Config, thread: threading.Thread) -> Iterator[dict[str, Any]]
     seen = 0
     while True:
         alive = thread.is_alive()
-        found = read_metrics(config.run_dir)
-        evaluated = [n for n, each in enumerate(found) if _losses(each)]
-        for n in evaluated[seen:]:
-            if found[n]["stage"] in trained(config):
-                yield outcome(config, found[: n + 1])
-        seen = len(evaluated)
+        found = evaluated(config, seen)
+        yield from found
+        seen += len(found)
         if not alive:
             return
         thread.join(POLL_SECONDS)
+
+
+def evaluated(config: Config, seen: int = 0) -> list[dict[str, Any]]:
+    """Outcomes at the evaluations of a run so far, those after the first `seen` ones."""
+    found, stages = read_metrics(config.run_dir), trained(config)
+    at = [n for n, each in enumerate(found) if each["stage"] in stages and _losses(each)]
+    return [outcome(config, found[: n + 1]) for n in at[seen:]]
 
 
 def outcome(config: Config, found: list[dict[str, Any]]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import gzip
 import json
 import os
 import runpy
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,9 +112,12 @@ def tokenizer(prose: list[str]) -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
+def models(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase, prose: list[str]
+) -> Path:
     """`dense`: a Hugging Face folder; `ternary`: one of `save_model`; `wide`: with a tokenizer that
-    its embedding cannot hold; `pickled`: with weights as a pickle alone; `qwen2`; `gpt2`."""
+    its embedding cannot hold; `pickled`: with weights as a pickle alone; `qwen2`; `gpt2`;
+    `stranger`: with a tokenizer of its own."""
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     for name, kind, fields in (
@@ -133,6 +137,8 @@ def models(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeni
     (root / "gpt2").mkdir()
     (root / "gpt2" / "config.json").write_text('{"model_type": "gpt2", "n_layer": 2}')
     tokenizer.save_pretrained(root / "gpt2")
+    shutil.copytree(root / "dense", root / "stranger")
+    train_tokenizer(prose[::-2], VOCABULARY).save_pretrained(root / "stranger")
     return root
 
 

@@ -265,6 +265,46 @@ def test_a_model_that_cannot_be_taken(
         assert sentence in command("pretrain", *words, more).sentence()
 
 
+# ----------------------------------------------------------------------------------------- methods
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["training.objectives.dml.weight=1"], "dml: there is no such setting (nearest: 'dlm')"),
+        (["training.optimizer.type=muonn"], "'muonn' is not one of adamw, adamw_8bit, apollo"),
+        (["training=lrc_calibration", "training.lrc.rank=999"],
+         "lrc.rank: 999 is larger than the smaller side of a layer of"),
+        (["training=lrc_calibration", "training.lrc.rank=1.5"],
+         "1.5 is neither a share below 1 nor a whole number"),
+        (["training.activation_sparsity={enabled: true, mode: block, n: 5, m: 4}"],
+         "n (5) of every m (4) activations cannot be kept"),
+        (["training.curriculum.phases=[{until: 0.4}, {until: 0.9}]"],
+         "phases end at 0.4, 0.9 of the stage; each `until` has to be above the one before it, "
+         "and the last one 1.0"),
+        (["training.curriculum.phases=[{until: 0.5, weights: {continue_pretrain: 0, "
+          "logits_distill: 0}}, {until: 1.0}]"],
+         "stages.stage2"),
+        (["model.teacher.path={models}/stranger"],
+         "{models}/stranger has another tokenizer than the student: the first id that differs is"),
+        (["model.teacher.path={models}/dens"], "no such model folder (nearest: 'dense')"),
+        (["training.objectives.attention_distill={weight: 1, layer: 7}"], "layer"),
+    ],
+)  # fmt: skip
+def test_a_method_that_cannot_be(
+    command: Command, models: Path, words: list[str], sentence: str
+) -> None:
+    """By a dry run, so before anything begins."""
+    stage, *more = (
+        words if words[0].startswith("training=") else ["training=stage2_pretrain", *words]
+    )
+    said = ["model=smollm2_135m", f"model.path={models / 'dense'}", stage]
+    said += ["training.max_steps=4", "training.max_seq_length=32"]
+    said += [word.replace("{models}", str(models)) for word in more]
+    told = command("pretrain", "--dry-run", *said).sentence()
+    assert sentence.replace("{models}", str(models)) in told
+
+
 def test_an_unsupported_architecture_names_the_supported_ones(
     command: Command, models: Path
 ) -> None:

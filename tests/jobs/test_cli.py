@@ -42,6 +42,18 @@ def test_help_of_an_evaluation_lists_data(command: Command) -> None:
     assert "  data=" in out and "embedded" in out and "local" in out and "  scaling=" not in out
 
 
+def test_help_of_a_sweep_tells_of_its_report(command: Command) -> None:
+    assert "--analyze-only SWEEP" in command("tune", "--help").out
+    assert "--analyze-only" not in command("pretrain", "--help").out
+
+
+def test_what_only_writes_a_report_takes_nothing_else(command: Command, here: Path) -> None:
+    said = command("tune", "space.yaml", "--analyze-only", "runs/demo").sentence()
+    assert said.startswith("space.yaml: --analyze-only reads the space in the sweep's own folder")
+    said = command("tune", "--analyze-only", "runs/demo").sentence()
+    assert "there is no sweep" in said and "searcher.json is missing" in said
+
+
 # ---------------------------------------------------------------------------------------- dry run
 
 

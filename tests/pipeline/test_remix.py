@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from road import Road, differing, weights
 from test_run import wait_for, workers
+from wandb_file import histories, run_records
 
 from bitray import Config, checkpoint
 from bitray.pipeline.report import influence_matrix, series_of
@@ -40,7 +41,7 @@ def configured_to_remix(words: Callable[..., list[str]]) -> Callable[..., Config
 
 @pytest.fixture(scope="module")
 def remixed(ray_cluster: None, configured_to_remix: Callable[..., Config]) -> Road:
-    config = configured_to_remix("remixed")
+    config = configured_to_remix("remixed", "logging.wandb.enabled=true")
     return Road(config, run(config))
 
 
@@ -71,6 +72,27 @@ def test_the_report_shows_the_mixture_and_the_matrix(remixed: Road) -> None:
     assert list(matrix) == ["code"] and tuple(matrix["code"]) == SOURCES
     curves, _ = series_of(remixed.lines("stage0"), ("mixture/loss_*",))
     assert set(curves) == set(SOURCES)
+
+
+@pytest.mark.ray
+def test_wandb_gets_what_is_told_by_source(remixed: Road) -> None:
+    """Decided weights, realised shares, the influence matrix, losses: all numbers of the file."""
+    by_source = ("mixture/share_", "mixture/loss_", "influence/weight_", "influence/score_code_")
+    told: dict[int, dict[str, float]] = {}
+    for record in remixed.lines("stage0"):
+        told.setdefault(record["step"], {}).update(
+            {f"stage0/{k}": v for k, v in record.items() if k.startswith(by_source)}
+        )
+    sent: dict[int, dict[str, float]] = {}
+    for row in histories(remixed.folder):
+        sent.setdefault(row["stage0/step"], {}).update(row)
+    for prefix in by_source:
+        for source in SOURCES:
+            assert sum(f"stage0/{prefix}{source}" in row for row in told.values()) >= 8
+    for step, row in told.items():
+        assert {name: sent[step][name] for name in row} == pytest.approx(row, abs=0, rel=1e-12)
+    [run] = run_records(remixed.folder)
+    assert list(run.tags) == ["stage0"] and run.display_name == "remixed"
 
 
 @pytest.mark.ray

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from wandb_file import histories, run_records
 
 from bitray import Config
 from bitray.pipeline.sinks import RayMetrics, sinks_of, wandb_wanted
@@ -39,18 +40,21 @@ def test_wandb_without_a_key_writes_one_offline_run(
     began = time.monotonic()
     for stage in ("stage0", "stage2"):
         sink = WeightsAndBiases(
-            "bitray", "a-run", identity, str(tmp_path), {"training": {"seed": 7}}
-        )
+            "bitray", "a-run", identity, str(tmp_path), {"training": {"seed": 7}},
+            group="a-sweep", tags=["stage0", "stage2"],
+        )  # fmt: skip
         sink.write(stage, 1, {"train/loss": 2.5, "schedule/strength": 0.5})
         sink.close()
     assert time.monotonic() - began < 60
-
-    def content() -> str:  # which W&B's own process goes on to write for a moment
-        files = tmp_path.glob(f"wandb/offline-run-*-{identity}/run-{identity}.wandb")
-        return "".join(path.read_text(errors="ignore") for path in files)
-
-    for name in ("stage0/train/loss", "stage2/train/loss", "stage2/schedule/strength", "seed"):
-        _until(content, name)
+    # W&B's own process goes on to write for a moment.
+    _until(lambda: str(histories(tmp_path)), "stage2/step")
+    first, second = histories(tmp_path)
+    assert first["stage0/train/loss"] == 2.5 and first["stage0/step"] == 1
+    assert second["stage2/train/loss"] == 2.5 and second["stage2/schedule/strength"] == 0.5
+    for run in run_records(tmp_path):
+        assert (run.run_id, run.display_name, run.run_group) == (identity, "a-run", "a-sweep")
+        assert list(run.tags) == ["stage0", "stage2"]
+        assert {item.key: item.value_json for item in run.config.update}["training"] == '{"seed":7}'
 
 
 def test_a_tracker_that_is_down_or_slow_costs_no_step(

@@ -111,6 +111,7 @@ BAD = {
         r"data\.sources\.cod:.*nearest: 'code'",
     ),
     "reversed bounds": ({"parameters": {LR: {"loguniform": [1e-2, 1e-3]}}}, r"0.01 is not below"),
+    "a logarithm below 0": ({"parameters": {LR: {"loguniform": [-1e-3, 1e-2]}}}, r"-0.001 has no"),
     "a logarithm of 0": ({"parameters": {LR: {"loguniform": [0.0, 1e-3]}}}, r"has no logarithm"),
     "an illegal bound": ({"parameters": {LR: {"uniform": [-1.0, 1e-3]}}}, r"greater than 0"),
     "halves of a whole number": (

@@ -2,13 +2,20 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import ray
+import yaml
 
-from bitray import Config, storage
+from bitray import Config, checkpoint, storage
+from bitray.pipeline.folders import StageFolder, original, predecessor
 from bitray.pipeline.report import read_metrics
+from bitray.settings import UserError
+from bitray.tuning import AxSearcher, SearchSpace
 from bitray.tuning.space import METRICS
-from bitray.tuning.trial import lengths, outcome, share, trial_config
+from bitray.tuning.sweep import claim, room, scheduler_of
+from bitray.tuning.trial import evaluated, lengths, outcome, share, trial_config
 
 WORDS = [
     "stages.stage1_9.max_steps=10", "stages.stage1_9.lambda_warmup.warmup_steps=5",
@@ -24,6 +31,11 @@ LINES = [
 
 def config_at(folder: Path) -> Config:
     return Config.load(overrides=[*WORDS, f"output_dir={folder}", "experiment=t"])
+
+
+def complete(run: Path, stage: str) -> None:
+    """A stage's final checkpoint without tensors."""
+    storage.write_text(f"{StageFolder(str(run), stage).final}/{checkpoint.COMPLETE}", "{}")
 
 
 def test_metrics_of_a_trial_on_its_way(tmp_path: Path) -> None:
@@ -49,21 +61,108 @@ def test_half_a_line_is_not_read(tmp_path: Path) -> None:
     assert read_metrics(str(tmp_path)) == LINES and read_metrics(str(tmp_path / "nothing")) == []
 
 
-def test_what_trials_have_in_common_is_linked_once(tmp_path: Path) -> None:
+def test_stages_that_none_varies_are_those_of_the_common_run(tmp_path: Path) -> None:
     base = tmp_path / "sweep" / "common"
-    for stage in ("stage0", "stage1", "stage1_9"):
-        storage.write_text(str(base / f"{stage}_checkpoint" / "x"), stage)
+    for stage in ("stage0", "stage1"):
+        complete(base, stage)
     storage.write_json(str(base / "evaluations.json"), {"stage1": {"a": 6.0}, "stage2": {"a": 1.0}})
     storage.write_json(str(base / "mixture" / "stage0.json"), {"rows": 5})
     sample = {"stages.stage2.optimizer.lr": 1e-3}
     config = trial_config(config_at(tmp_path), str(base), sample)
     assert config.stages["stage2"].optimizer.lr == 1e-3
     assert trial_config(config_at(tmp_path), str(base), sample).run_dir == config.run_dir
+    wandb = config.logging.wandb
+    assert wandb.group == "sweep" and wandb.tags == ("stage1_9", "stage2")
     for _ in range(2):
         share(config, str(base))
     run = Path(config.run_dir)
     assert run.parent == tmp_path / "sweep" / "trials"
-    assert (run / "stage1_checkpoint" / "x").read_text() == "stage1"
-    assert not (run / "stage1_9_checkpoint").exists()
+    first = StageFolder(str(base), "stage1").final
+    assert predecessor(config, "stage1_9") == first and not StageFolder(str(run), "stage1").complete
+    assert original(config) == StageFolder(str(base), "stage0").final
+    complete(run, "stage1_9")
+    assert predecessor(config, "stage2") == StageFolder(str(run), "stage1_9").final
     assert json.loads((run / "evaluations.json").read_text()) == {"stage1": {"a": 6.0}}
     assert json.loads((run / "mixture" / "stage0.json").read_text()) == {"rows": 5}
+
+
+# ------------------------------------------------------------------------------- sweeps as a whole
+
+
+def space_of(**said: object) -> SearchSpace:
+    told = {
+        "parameters": {"stages.stage2.optimizer.lr": {"loguniform": [1e-3, 8e-3]}},
+        "objectives": {"loss": "minimize"},
+        "num_trials": 4,
+        "sobol_trials": 4,
+        **said,
+    }
+    return SearchSpace.load_text(yaml.safe_dump(told), "here")
+
+
+def test_a_folder_holds_one_sweep(tmp_path: Path) -> None:
+    config = config_at(tmp_path)
+    for more in ({}, {"num_trials": 9}, {"scheduler": {"type": "none"}}):
+        claim(space_of(**more), config, str(tmp_path))
+    with pytest.raises(UserError, match=r"another sweep: space\.objectives\.loss is 'minimize'"):
+        claim(space_of(objectives={"loss": "maximize"}), config, str(tmp_path))
+    with pytest.raises(UserError, match=r"stage2\.optimizer\.weight_decay is 0.0.* and 0.5 here"):
+        claim(
+            space_of(),
+            config.override({"stages.stage2.optimizer.weight_decay": 0.5}),
+            str(tmp_path),
+        )
+
+
+def test_early_stopping_remembers_the_trials_of_a_driver_that_is_gone(tmp_path: Path) -> None:
+    """Three trials have ended; a fourth that is worse than two thirds of them does not go on."""
+    config, base = config_at(tmp_path), str(tmp_path / "sweep" / "common")
+    searcher = AxSearcher(space_of(), ahead=0)
+    total, row = sum(lengths(config).values()), 256 * 8
+    for n in range(3):
+        while (sample := searcher.suggest(f"t{n}")) is None:
+            searcher.settle()
+        run = trial_config(config, base, sample).run_dir
+        storage.write_json(f"{run}/evaluations.json", {"stage1": {"a": 6.0}})
+        lines = [{"stage": "stage1_9", "step": 10, "eval/a_loss": 4.0 + n}]
+        storage.write_text(f"{run}/metrics.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
+        [told] = evaluated(trial_config(config, base, sample))
+        searcher.on_trial_complete(f"t{n}", {**told, "config": sample})
+    before = {"tokens": 10 * row, "loss": 5.5}
+    assert before["tokens"] >= 0.25 * total
+    for losses, action in ((5.5, "STOP"), (4.5, "CONTINUE"), (3.0, "CONTINUE")):
+        scheduler, trial = scheduler_of(searcher, config, base), SimpleNamespace(trial_id="new")
+        scheduler.on_trial_add(None, trial)
+        expected = "CONTINUE" if losses <= 4 + 2 / 3 else "STOP"  # a third of three, interpolated
+        told = scheduler.on_trial_result(None, trial, {**before, "loss": losses})
+        assert told == action == expected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "words", "expected"),
+    [
+        ([{"CPU": 1}] * 3, ["scaling.cpus_per_worker=0.5"], 3),
+        ([{"CPU": 3}], ["scaling.cpus_per_worker=0.5"], 3),
+        ([{"CPU": 1}] * 3, ["scaling.cpus_per_worker=0.8", "scaling.readers=1"], 2),
+        ([{"CPU": 64, "GPU": 2}], ["scaling.use_gpu=true"], 2),
+        ([{"CPU": 64, "GPU": 2}], ["scaling.use_gpu=true", "scaling.gpus_per_worker=0.3"], 6),
+        ([{"CPU": 64, "GPU": 1}] * 2, ["scaling.use_gpu=true", "scaling.num_workers=2"], 1),
+    ],
+)
+def test_as_many_trials_as_nodes_hold(
+    monkeypatch: pytest.MonkeyPatch, nodes: list[dict], words: list[str], expected: int
+) -> None:
+    """A worker is on one node; shares of a GPU are of the same GPU."""
+    monkeypatch.setattr(
+        ray,
+        "nodes",
+        lambda: [{"Alive": True, "Resources": {k: float(v) for k, v in n.items()}} for n in nodes],
+    )
+    words = ["scaling.num_workers=1", *words]
+    assert room(Config.load(overrides=[*WORDS, *words])) == expected
+
+
+def test_no_room_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 0.5}}])
+    with pytest.raises(UserError, match="does not hold the workers of a single trial"):
+        room(Config.load(overrides=WORDS))

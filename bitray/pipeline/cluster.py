@@ -1,0 +1,171 @@
+"""The cluster under a run: who may reach it, and what it can hold."""
+
+import ipaddress
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+
+from bitray.pipeline.config import Config, Scaling
+from bitray.settings import UserError
+
+PREFLIGHT_SECONDS = 10.0
+"""How long Ray may take to place workers and readers on nodes that are there and free."""
+ROOM_SECONDS = 1.0
+
+
+def check_dashboard(url: str) -> None:
+    """`UserError` if others than this machine reach Ray's dashboard and need no token: its job API
+    runs whatever it is sent."""
+    host = url.removeprefix("http://").rpartition(":")[0].strip("[]")
+    if not url or host == "localhost" or _is_loopback(host):
+        return
+    try:
+        urllib.request.urlopen(f"http://{host}:{url.rpartition(':')[2]}/api/jobs/", timeout=3)
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            return
+    except OSError:
+        return  # there is none, or not for us
+    raise UserError(
+        f"Ray's dashboard at {url} lets anybody on the network run code: start the cluster with "
+        "RAY_AUTH_MODE=token in the environment, or with --dashboard-host=127.0.0.1"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def reserved_cpus(scaling: Scaling, workers: int | None = None) -> float:
+    """What so many workers, or the most there may be, and the readers take."""
+    count = scaling.most if workers is None else workers
+    return count * scaling.cpus_per_worker + scaling.readers * scaling.cpus_per_reader
+
+
+def coming() -> dict[str, float]:
+    """The most that an autoscaler may bring the cluster to; empty where there is none."""
+    most: Any = ray._private.state.state.get_max_resources_from_cluster_config()
+    return {key: float(value) for key, value in (most or {}).items()}
+
+
+def preflight(config: Config) -> None:
+    """Have the workers and readers of every stage placed for a moment, as training will.
+
+    `UserError` after seconds where the nodes cannot hold them; where others use them, or an
+    autoscaler may bring more, after `scaling.patience_seconds`, which is said.
+    """
+    checked: list[Scaling] = []
+    for stage in config.stages:
+        scaling = config.scaling_of(stage)
+        if scaling not in checked:
+            checked.append(scaling)
+            _check_placement(stage, scaling)
+
+
+def _check_placement(stage: str, scaling: Scaling) -> None:
+    workers = _reserve(scaling.per_worker, scaling.fewest, scaling.placement, scaling.worker_labels)
+    readers = _reserve(
+        {"CPU": scaling.cpus_per_reader}, scaling.readers, "PACK", scaling.data_labels
+    )
+    groups = [workers, readers]
+    try:
+        if _placed(groups, ROOM_SECONDS):
+            return
+        never = capacity(scaling.per_worker) < scaling.fewest or _infeasible(groups)
+        if not never or coming():
+            if _placed(groups, PREFLIGHT_SECONDS):
+                return
+            why = "an autoscaler may bring nodes" if never else "others use the nodes"
+            patience = scaling.patience_seconds
+            print(f"scaling: stage {stage} waits up to {patience:g} s: {why}", flush=True)
+            if _placed(groups, patience):
+                return
+        raise UserError(_refusal(stage, scaling))
+    finally:
+        for group in groups:
+            remove_placement_group(group)
+
+
+def _reserve(
+    bundle: dict[str, float], count: int, strategy: str, labels: dict[str, str]
+) -> PlacementGroup:
+    selector = [labels] * count if labels else None
+    return placement_group([bundle] * count, strategy, bundle_label_selector=selector)
+
+
+def _placed(groups: Sequence[PlacementGroup], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    return all(group.wait(max(0.1, end - time.monotonic())) for group in groups)
+
+
+def _infeasible(groups: Sequence[PlacementGroup]) -> bool:
+    states = [placement_group_table(group)["stats"]["scheduling_state"] for group in groups]
+    return "INFEASIBLE" in states
+
+
+def _refusal(stage: str, scaling: Scaling) -> str:
+    nodes = [
+        ", ".join(f"{node['Resources'].get(key, 0.0):g} {key}" for key in scaling.per_worker)
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    each = ", ".join(f"{value:g} {key}" for key, value in scaling.per_worker.items())
+    labels = [
+        f"{name}={given}"
+        for name in ("worker_labels", "data_labels")
+        if (given := getattr(scaling, name))
+    ]
+    said = "".join(f", {text}" for text in labels)
+    return (
+        f"scaling: stage {stage} needs {scaling.fewest} workers of {each} (placement="
+        f"{scaling.placement}{said}) and {scaling.readers} readers of {scaling.cpus_per_reader:g} "
+        f"CPU, which these nodes cannot hold: {'; '.join(nodes)}; lower scaling.num_workers or "
+        "what each takes, or start more nodes"
+    )
+
+
+def capacity(per_worker: dict[str, float]) -> int:
+    """Workers that the nodes would hold if they held nothing else."""
+    return sum(
+        int(min(node["Resources"].get(key, 0.0) / value for key, value in per_worker.items()))
+        for node in ray.nodes()
+        if node["Alive"]
+    )
+
+
+def for_now(scaling: Scaling) -> int | tuple[int, int]:
+    """`scaling.num_workers` with as many at most as there is room for while nodes are about to go:
+    Ray Train counts those, and would wait for them."""
+    going: Any = ray._private.state.state.get_draining_nodes()
+    if not going or scaling.fewest == scaling.most:
+        return scaling.num_workers
+    for count in range(scaling.most, scaling.fewest, -1):
+        group = _reserve(scaling.per_worker, count, scaling.placement, scaling.worker_labels)
+        try:
+            if _placed([group], ROOM_SECONDS * 3):
+                return scaling.fewest, count
+        finally:
+            remove_placement_group(group)
+    return scaling.fewest, scaling.fewest
+
+
+def room_for_another(scaling: Scaling) -> bool:
+    """Whether the cluster holds one more worker now."""
+    group = _reserve(scaling.per_worker, 1, "PACK", scaling.worker_labels)
+    try:
+        return bool(group.wait(ROOM_SECONDS))
+    finally:
+        remove_placement_group(group)

@@ -1,0 +1,118 @@
+"""Submit a job of bitray to a Ray cluster, under a name that tells the run and the attempt.
+
+    python scripts/submit.py [--address http://127.0.0.1:8265] [--env NAME=VALUE] [--python PATH]
+                             [--no-wait] jobs/pretrain.py scaling=fsdp_multi output_dir=s3://b/runs
+
+It is `ray job submit --working-dir . --submission-id RUN-ATTEMPT --metadata-json '{"run": RUN}'
+--runtime-env-json ... -- python jobs/pretrain.py ...`: Ray refuses a submission id that was used
+before, so every attempt counts on. What `.gitignore` and `.rayignore` name is not uploaded.
+`python` is the one on the PATH of the cluster's head, unless `--python` names another, for driver
+and workers. The token of a cluster is taken from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or
+~/.ray/auth_token, with RAY_AUTH_MODE=token.
+"""
+
+import argparse
+import asyncio
+import os
+import re
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from bitray import Config
+from bitray.pipeline.smoke import Smoke
+from bitray.settings import UserError
+
+STOP_SECONDS = "300"
+"""What `ray job stop` leaves a run for its last checkpoint; Ray's own: 3."""
+START_SECONDS = 90.0
+
+
+def run_name(job: str, words: list[str]) -> str:
+    """The run's folder, for jobs that make one; else the job's own name."""
+    kinds = {"pretrain": Config, "prepare": Config, "smoke": Smoke}
+    stem = Path(job).stem
+    if stem not in kinds:
+        return stem
+    settings = [word for word in words if not word.startswith("--")]
+    name = kinds[stem].load(None, settings).run_dir.rpartition("/")[2]
+    return name if stem != "prepare" else f"prepare_{name}"
+
+
+def attempt_of(client: JobSubmissionClient, name: str) -> int:
+    """The number of the next attempt; `UserError` if one goes on."""
+    pattern, attempts = re.compile(re.escape(name) + r"-(\d+)$"), [0]
+    for job in client.list_jobs():
+        if found := pattern.match(job.submission_id or ""):
+            attempts.append(int(found[1]))
+            if not job.status.is_terminal():
+                raise UserError(
+                    f"{name} is being driven by job {job.submission_id} ({job.status}); "
+                    f"`ray job stop {job.submission_id}` ends it with a checkpoint"
+                )
+    return max(attempts) + 1
+
+
+def submitted(client: JobSubmissionClient, **job: Any) -> str:
+    """Submit a job; its id. A cluster that has just started has nobody yet who takes it."""
+    end = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            return str(client.submit_job(**job))
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > end:
+                raise
+            time.sleep(1)
+
+
+async def follow(client: JobSubmissionClient, submission: str) -> int:
+    """Print what the job prints; its exit code."""
+    async for lines in client.tail_job_logs(submission):
+        print(lines, end="", flush=True)
+    info = client.get_job_info(submission)
+    if info.status == JobStatus.SUCCEEDED:
+        return 0
+    return info.driver_exit_code or 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--address", default=os.environ.get("RAY_API_SERVER_ADDRESS"))
+    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--python", metavar="PATH", help="the cluster's interpreter")
+    parser.add_argument("--no-wait", action="store_true", help="do not follow the job")
+    parser.add_argument("job", help="jobs/NAME.py")
+    parser.add_argument("words", nargs=argparse.REMAINDER, help="the job's own arguments")
+    said = parser.parse_args()
+    name = run_name(said.job, said.words)
+    client = JobSubmissionClient(said.address or "http://127.0.0.1:8265")
+    attempt = attempt_of(client, name)
+    variables = dict(pair.split("=", 1) for pair in said.env)
+    runtime = {
+        "working_dir": str(Path(__file__).parent.parent),
+        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": STOP_SECONDS, "PYTHONUNBUFFERED": "1"} | variables,
+        **({"py_executable": said.python} if said.python else {}),
+    }
+    submission = submitted(
+        client,
+        entrypoint=shlex.join([said.python or "python", said.job, *said.words]),
+        submission_id=f"{name}-{attempt}",
+        runtime_env=runtime,
+        metadata={"run": name, "attempt": str(attempt)},
+    )
+    print(f"submitted {submission}", flush=True)
+    return 0 if said.no_wait else asyncio.run(follow(client, submission))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (UserError, ConnectionError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
