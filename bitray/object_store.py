@@ -71,3 +71,70 @@ class RemoteFile(io.RawIOBase):
         if not self.closed:
             self._file.close()
         super().close()
+
+
+class Patient(pafs.FileSystemHandler):
+    """Tries the calls of another file system again, for libraries that bring no patience of their
+    own: `PyFileSystem(Patient(filesystem))`."""
+
+    def __init__(self, filesystem: pafs.FileSystem) -> None:
+        self.filesystem = filesystem
+
+    def _again(self, name: str, *args: Any) -> Any:
+        call = getattr(self.filesystem, name)
+        return retried(f"{self.get_type_name()}://{args[0]}", lambda: call(*args))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Patient) and self.filesystem == other.filesystem
+
+    def __hash__(self) -> int:
+        return hash(self.get_type_name())
+
+    def get_type_name(self) -> str:
+        return str(self.filesystem.type_name)
+
+    def normalize_path(self, path: str) -> str:
+        return str(self.filesystem.normalize_path(path))
+
+    def get_file_info(self, paths: list[str]) -> Any:
+        return self._again("get_file_info", paths)
+
+    def get_file_info_selector(self, selector: pafs.FileSelector) -> Any:
+        return self._again("get_file_info", selector)
+
+    def create_dir(self, path: str, recursive: bool) -> None:
+        call = self.filesystem.create_dir
+        retried(path, lambda: call(path, recursive=recursive))
+
+    def delete_dir(self, path: str) -> None:
+        self._again("delete_dir", path)
+
+    def delete_dir_contents(self, path: str, missing_dir_ok: bool = False) -> None:
+        call = self.filesystem.delete_dir_contents
+        retried(path, lambda: call(path, missing_dir_ok=missing_dir_ok))
+
+    def delete_root_dir_contents(self) -> None:
+        raise NotImplementedError("a whole bucket is never removed")
+
+    def delete_file(self, path: str) -> None:
+        self._again("delete_file", path)
+
+    def move(self, src: str, dest: str) -> None:
+        self._again("move", src, dest)
+
+    def copy_file(self, src: str, dest: str) -> None:
+        self._again("copy_file", src, dest)
+
+    def open_input_stream(self, path: str) -> Any:
+        return self._again("open_input_stream", path)
+
+    def open_input_file(self, path: str) -> Any:
+        return self._again("open_input_file", path)
+
+    def open_output_stream(self, path: str, metadata: Any) -> Any:
+        call = self.filesystem.open_output_stream
+        return retried(path, lambda: call(path, compression=None, metadata=metadata))
+
+    def open_append_stream(self, path: str, metadata: Any) -> Any:
+        call = self.filesystem.open_append_stream
+        return retried(path, lambda: call(path, compression=None, metadata=metadata))
