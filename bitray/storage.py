@@ -19,13 +19,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import urlsplit
 
 from pyarrow import fs as pafs
 
+from bitray.object_store import RemoteFile, gs, s3
 from bitray.retries import retried
 from bitray.settings import UserError, nearest
 
@@ -130,7 +129,7 @@ def open_input(uri: str) -> io.BufferedReader:
         if isinstance(filesystem, pafs.LocalFileSystem):
             return open(path, "rb")
         opened = _asked(uri, lambda fs, path: fs.open_input_file(path))
-        return io.BufferedReader(_RemoteFile(uri, opened), _CHUNK)
+        return io.BufferedReader(RemoteFile(uri, opened, _CHUNK), _CHUNK)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise _missing(uri) from None
 
@@ -246,43 +245,6 @@ def sync_folder(path: str | Path) -> None:
 # ------------------------------------------------------------------------------------- inner parts
 
 
-class _RemoteFile(io.RawIOBase):
-    """A remote file whose reads are tried again; every read names its place, so none depends on
-    the one before."""
-
-    def __init__(self, uri: str, file: Any) -> None:
-        self._uri, self._file, self._at = uri, file, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at}.get(whence)
-        self._at = offset + (self._file.size() if base is None else base)
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        count = min(len(buffer), max(0, self._file.size() - self._at))
-        found = retried(self._uri, lambda: self._file.read_at(count, self._at)) if count else b""
-        buffer[: len(found)] = found
-        self._at += len(found)
-        return len(found)
-
-    def readall(self) -> bytes:
-        return b"".join(iter(lambda: self.read(_CHUNK) or b"", b""))  # by default 8 kB at a time
-
-    def close(self) -> None:
-        if not self.closed:
-            self._file.close()
-        super().close()
-
-
 def _split(uri: str) -> tuple[str, str]:
     """Scheme and path as pyarrow wants it: absolute, or `bucket/key`."""
     scheme, separator, rest = uri.partition("://")
@@ -317,9 +279,9 @@ def located(uri: str) -> tuple[pafs.FileSystem, str]:
             return hub.filesystem(), hub.pinned(path)
         case "s3":
             region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-            return _s3(path.split("/")[0], os.environ.get("AWS_ENDPOINT_URL"), region), path
+            return s3(path.split("/")[0], os.environ.get("AWS_ENDPOINT_URL"), region), path
         case "gs":
-            return _gs(), path
+            return gs(), path
         case _:
             return pafs.LocalFileSystem(), path
 
@@ -342,26 +304,6 @@ def _below(uri: str, recursive: bool = False) -> list[pafs.FileInfo]:
         return filesystem.get_file_info(wanted)
 
     return _asked(uri, listed)
-
-
-@lru_cache
-def _s3(bucket: str, endpoint: str | None, region: str | None) -> pafs.FileSystem:
-    options: dict[str, Any] = {
-        "connect_timeout": 10,
-        "request_timeout": 60,
-        "allow_delayed_open": True,  # a small object is one request instead of three
-        "retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=5),
-    }
-    if endpoint:
-        server = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
-        options |= {"endpoint_override": server.netloc, "scheme": server.scheme}
-        region = region or "us-east-1"
-    return pafs.S3FileSystem(region=region or pafs.resolve_s3_region(bucket), **options)
-
-
-@lru_cache
-def _gs() -> pafs.FileSystem:
-    return pafs.GcsFileSystem()
 
 
 def _describe(uri: str, found: pafs.FileInfo) -> FileInfo:

@@ -77,9 +77,36 @@ def save(folder: Path, s3: str) -> dict[str, str]:
             fault.stop()
     odd = tensors if rank == 0 else {**tensors, "odd": {"lr": 0.1}}
     found["leaf"] = attempt(lambda: checkpoint.save(f"{folder}/failed/leaf", odd, {}))
+    found |= beside(folder, tensors)
     mine = f"{folder}/machine_{rank}/step_000001"
     found["unshared"] = attempt(lambda: checkpoint.save(mine, tensors, {}))
     return found
+
+
+def beside(folder: Path, tensors: dict[str, Any]) -> dict[str, str]:
+    """Save while training goes on: what is kept is what was there when the save began. A failure of
+    one rank is raised on all of them, by the next call."""
+    saver = checkpoint.Saver()
+    saver.save(f"{folder}/beside/step_000001", tensors, {"step": 1})
+    optimizer = tensors["optimizer"]
+    for tensor in checkpoint.flatten({"model": tensors["model"]}).values():
+        tensor.mul_(-1)  # training goes on
+    saver.wait()
+    for tensor in checkpoint.flatten({"model": tensors["model"]}).values():
+        tensor.mul_(-1)
+    assert optimizer is tensors["optimizer"] and saver.ready()
+    full = OSError(errno.ENOSPC, "No space left on device")
+    no_room = mock.patch.object(checkpoint._Writer, "write_data", side_effect=full)
+    if dist.get_rank() == 1:
+        no_room.start()
+    saver.save(f"{folder}/failed/beside", tensors, {})
+    found = attempt(lambda: saver.save(f"{folder}/failed/next", tensors, {}))
+    if dist.get_rank() == 1:
+        no_room.stop()
+    saver.save(f"{folder}/beside/step_000002", tensors, {"step": 2})
+    saver.wait()
+    saver.close()
+    return {"beside": found}
 
 
 def load(folder: Path, s3: str) -> dict[str, str]:
@@ -92,6 +119,11 @@ def load(folder: Path, s3: str) -> dict[str, str]:
         loaded = whole(tensors)
         same = all(torch.equal(loaded[key], value) for key, value in reference.items())
         found[place] = "same" if same and loaded.keys() == reference.keys() else "different"
+    tensors = trained(steps=1)
+    checkpoint.load_tensors(f"{folder}/beside/step_000001", tensors)
+    loaded = whole(tensors)
+    same = all(torch.equal(loaded[key], value) for key, value in reference.items())
+    found["beside"] = "same" if same else "different"
     absent = {"model": {f"absent_{dist.get_rank()}": torch.zeros(1)}}
     found["absent"] = attempt(lambda: checkpoint.load_tensors(f"{folder}/run/step_000002", absent))
     found["damaged"] = attempt(lambda: checkpoint.load_tensors(f"{folder}/damaged", trained(1)))

@@ -80,8 +80,8 @@ class Run:
         line = {"stage": "stage2", "step": step, "train/tokens": self.tokens[step]}
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
-        if step == 3:
-            self.mixture.decide(3, {"a": 1.0})
+        if step % 3 == 0:
+            self.mixture.decide(step, {"a": 1.0})
         if step % 2:
             return
         self.state = self.mixture.state(step)

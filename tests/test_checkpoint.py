@@ -432,11 +432,12 @@ def test_two_ranks_save_and_one_or_three_load(tmp_path: Path, s3: str) -> None:
     for found in (json.loads((tmp_path / f"save_{rank}.json").read_text()) for rank in range(2)):
         assert "No space left on device" in found["write"]
         assert "No space left on device" in found["hash"]
+        assert "No space left on device" in found["beside"]
         assert "'odd.lr' is a float" in found["leaf"]
         assert "not visible from rank 0" in found["unshared"]
     assert not list(tmp_path.glob("failed/*/COMPLETE")) + list(tmp_path.glob("machine*/*/COMPLETE"))
     for found in (json.loads((tmp_path / f"load_{rank}.json").read_text()) for rank in range(3)):
-        assert (found["local"], found["s3"]) == ("same", "same")
+        assert (found["local"], found["s3"], found["beside"]) == ("same", "same", "same")
         assert "absent_" in found["absent"]
         assert "__1_0.distcp: does not have the sha256" in found["damaged"]
 

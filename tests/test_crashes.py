@@ -168,7 +168,8 @@ def test_a_crash_at_any_write_loses_nothing(tmp_path: Path, name: str) -> None:
     assert crash > 5, "fewer changes than there have to be: nothing was crashed"
 
 
-@pytest.mark.parametrize("name", CASES)
+# Not the lease: one whose release failed is held by this process, which lives.
+@pytest.mark.parametrize("name", [name for name in CASES if name != "lease"])
 def test_a_disk_that_fails_now_and_then_loses_nothing(tmp_path: Path, name: str) -> None:
     """Errors, delays and half writes, by seed; what fails is raised, what was there is not hurt."""
     case, failed = CASES[name], 0

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from pyarrow.fs import PyFileSystem
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
     get_or_create_autoscaling_coordinator,
 )
@@ -27,6 +28,7 @@ from bitray.data.mixture import Mixture, StageMixture
 from bitray.data.plan import SourceSize
 from bitray.data.stream import TicketConfig, TicketStream, ticket_dataset
 from bitray.data.tickets import least_lead
+from bitray.object_store import Patient
 from bitray.pipeline.cli import causes, sentence
 from bitray.pipeline.cluster import for_now
 from bitray.pipeline.config import Config, Scaling
@@ -160,12 +162,12 @@ def data_state(config: Config, stage: str) -> dict[str, Any] | None:
 
 
 def _storage_of(uri: str) -> dict[str, Any]:
-    """Where Ray Train keeps its own state. Of object storage it gets our file system, which knows
-    the endpoint and tries again."""
+    """Where Ray Train keeps its own state. Of object storage it gets a file system that knows the
+    endpoint and tries again."""
     if not storage.is_remote(uri):
         return {"storage_path": uri}
     filesystem, path = storage.located(uri)
-    return {"storage_path": path, "storage_filesystem": filesystem}
+    return {"storage_path": path, "storage_filesystem": PyFileSystem(Patient(filesystem))}
 
 
 @contextmanager

@@ -1,11 +1,15 @@
 """Training as the control plane sees it, in any order of events: steps, decisions, checkpoints,
-crashes, other numbers of workers, other micro-batches, a lost holder of the journal.
+crashes, other numbers of workers, other micro-batches, a lost holder of the journal, a second
+driver, which is refused, and another one, which takes over from one that is not heard of any more.
 
 The machine keeps its own books (which rows went to whom, what was decided and from which row on)
 and holds every row against `naive_order`. What is lost in a crash is lost here as well.
 """
 
 import json
+import shutil
+import tempfile
+import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +25,7 @@ from hypothesis.stateful import (
 )
 from naive_order import UNIT, Order, Weighting
 
+from bitray import lease
 from bitray.data.mixture import Mixture, StageMixture
 from bitray.data.plan import SourceSize
 from bitray.data.tickets import least_lead
@@ -112,8 +117,11 @@ class ControlPlane(RuleBasedStateMachine):
         self.checkpoints: list[tuple[dict[str, Any], Books]] = []
         self.drawn: dict[tuple[int, int], Row] = {}
         """Which row a draw of a source was, wherever and whenever it came."""
+        self.folder = tempfile.mkdtemp(prefix="bitray-lease-")
+        self.clock = time.time()
+        self.claim = self.acquire()
         self.orders: dict[tuple[Weighting, ...], Order] = {}
-        self.open(Mixture.opened(stage, 1, None), first_step=0)
+        self.open(Mixture.opened(stage, 1, None, epoch=self.claim.epoch), first_step=0)
 
     def open(self, mixture: Mixture, first_step: int) -> None:
         """A new group of workers: nothing is handed out to it so far."""
@@ -126,7 +134,8 @@ class ControlPlane(RuleBasedStateMachine):
         self.keep()
 
     def keep(self) -> None:
-        """The actor writes before it answers."""
+        """The actor writes before it answers, and only while the run is its driver's."""
+        self.claim.check()
         self.kept = through_json(self.mixture.to_json())
 
     # ----------------------------------------------------------------------------- handing out
@@ -268,7 +277,7 @@ class ControlPlane(RuleBasedStateMachine):
 
     @rule(
         event_=st.sampled_from(
-            ["crash", "crash and a damaged checkpoint", "resize", "lost holder"]
+            ["crash", "crash and a damaged checkpoint", "resize", "lost holder", "lost driver"]
         ),
         data=st.data(),
     )
@@ -279,12 +288,34 @@ class ControlPlane(RuleBasedStateMachine):
             self.mixture = Mixture.from_json(self.kept)
         if event_ == "resize":
             self.checkpoint()
+        if event_ == "lost driver":
+            self.take_over()
         if event_ == "crash and a damaged checkpoint" and len(self.checkpoints) > 1:
             self.checkpoints.pop()
         # a run would not go so far without a checkpoint
         if event_ != "lost holder" and (self.checkpoints or self.books.done < 9):
             event(event_)
             self.resume(data)
+
+    @rule()
+    def second_driver(self) -> None:
+        """It is refused, and nothing changes."""
+        with pytest.raises(UserError, match="is being written by process"):
+            self.acquire()
+        self.claim.check()
+
+    def acquire(self) -> lease.Claim:
+        return lease.acquire(self.folder, now=lambda: self.clock)
+
+    def take_over(self) -> None:
+        """The driver is not heard of for too long; it comes back, and may write no more."""
+        first = self.claim
+        self.clock += lease.STALE_S + 1
+        self.claim = self.acquire()
+        assert self.claim.epoch == first.epoch + 1
+        with pytest.raises(lease.TakenOver):
+            first.check()
+        self.mixture = Mixture.from_json({**self.kept, "epoch": self.claim.epoch})
 
     def resume(self, data: st.DataObject) -> None:
         """Another group of workers begins at the newest checkpoint."""
@@ -293,7 +324,9 @@ class ControlPlane(RuleBasedStateMachine):
         self.workers = data.draw(st.integers(1, self.stage.max_workers))
         self.stage = self.cut(data) if state else self.stage
         generation = self.mixture.generation + 1
-        mixture = Mixture.opened(self.stage, generation, state, earlier=self.mixture)
+        mixture = Mixture.opened(
+            self.stage, generation, state, earlier=self.mixture, epoch=self.claim.epoch
+        )
         self.open(mixture, books.done)
         self.books = books.copy()
         if state and self.stage.period is None:
@@ -372,9 +405,17 @@ class ControlPlane(RuleBasedStateMachine):
             gate = (self.awaited + stage.lead) * self.size
             assert self.mixture.decided == min(stage.end, gate)
 
+    @invariant()
+    def epochs_never_fall(self) -> None:
+        """In what the actor keeps, which is what an auditor sees."""
+        epochs = [entry["epoch"] for entry in self.kept["journal"]]
+        assert epochs == sorted(epochs) and epochs[0] >= 1 and epochs[-1] <= self.claim.epoch
+        assert self.kept["epoch"] <= self.claim.epoch
+
     def teardown(self) -> None:
         if not hasattr(self, "drawn"):
             return  # it never began
+        shutil.rmtree(self.folder)
         assert len({*self.drawn.values()}) == len(self.drawn), "a row twice in an epoch"
         if self.books.done == self.stage.steps:
             event("trained to the end")
