@@ -267,7 +267,7 @@ class Config(Composed):
     def problems(self) -> list[str]:
         most = (self.model.config or {}).get("max_position_embeddings")
         return [
-            *filter(None, [self.fp8_problem(), self.cost.problem(self.gpu and self.gpu.name)]),
+            *filter(None, [self.fp8_problem(), self.cost.problem(self.gpu_name)]),
             *self._besides_stages(),
             *(
                 text
@@ -347,6 +347,11 @@ class Config(Composed):
     def run_dir(self) -> str:
         """`{output_dir}/{experiment}`."""
         return f"{self.output_dir.rstrip('/')}/{self.experiment or f'bitray_{self.model.name}'}"
+
+    @property
+    def gpu_name(self) -> str | None:
+        """The chosen kind of GPU."""
+        return self.gpu.name if self.gpu else None
 
     def scaling_of(self, stage: str) -> Scaling:
         """The stage's own scaling, else the run's."""

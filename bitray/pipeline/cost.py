@@ -122,8 +122,9 @@ def comparison(
     expected: Mapping[str, Expected], records: Sequence[Mapping[str, Any]]
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and rows of a table: what was expected of each stage, and what its metrics say."""
-    header = ("stage", "tokens/s", "expected", "time", "expected", "memory/worker", "expected")
-    rows = []
+    header: tuple[str, ...] = ("stage", "tokens/s", "expected", "time", "expected")
+    header += ("memory/worker", "expected")
+    rows: list[tuple[str, ...]] = []
     for name, each in expected.items():
         mine = [r for r in records if r["stage"] == name]
         windows = [r for r in mine if "train/tokens_per_second" in r]

@@ -206,7 +206,7 @@ def _cost_table(config: Config, stages: Mapping[str, Expected], seconds: float) 
     def row(name: str, rate: float) -> tuple[str, str, str]:
         return name, f"{hours * rate:,.2f}", "unknown" if known is None else f"{known * rate:,.2f}"
 
-    rates = config.cost.rates(config.gpu and config.gpu.name)
+    rates = config.cost.rates(config.gpu_name)
     return Table(("", "taken", "expected"), [
         row("worker hours", 1.0),
         *(row(f"$ at {who}", rate) for who, rate in rates.items()),

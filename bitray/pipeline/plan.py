@@ -300,7 +300,7 @@ def _row(config: Config, name: str, each: Expected) -> tuple[str, ...]:
 
 def _bill(config: Config, stages: Mapping[str, Expected]) -> list[str]:
     """Time and price of the stages that take steps, whatever is done of them already."""
-    prices = config.cost.rates(config.gpu and config.gpu.name)
+    prices = config.cost.rates(config.gpu_name)
     lines = []
     for name, each in stages.items():
         rate, hours = each.tokens_per_second, each.worker_hours
@@ -346,7 +346,7 @@ def _assumed_rate(
     config: Config, name: str, model: PreTrainedModel, parameters: int
 ) -> tuple[float | None, str]:
     """Tokens per second of all workers of a stage, and where that comes from."""
-    scaling, cost, gpu = config.scaling_of(name), config.cost, config.gpu and config.gpu.name
+    scaling, cost, gpu = config.scaling_of(name), config.cost, config.gpu_name
     if gpu is None and scaling.use_gpu and torch.cuda.is_available():
         gpu = torch.cuda.get_device_name()
     peak = cost.planned_flops((cost.gpu or gpu) if scaling.use_gpu else None)
