@@ -38,7 +38,7 @@ def test_prices_can_be_edited_and_chosen() -> None:
     config = Config.load(overrides=[
         "gpu=rtx4090", "cost.prices.rtx4090={home: 0.31, runpod: 0.44}", "cost.provider=home",
     ])  # fmt: skip
-    assert config.cost.rates(config.gpu and config.gpu.name) == {"home": 0.31}
+    assert config.cost.rates(config.gpu_name) == {"home": 0.31}
     assert config.cost.rates("a100_80gb") == {}, "that provider has none"
     assert len(Config.load(overrides=["cost.gpu=h100_80gb"]).cost.rates("a100_80gb")) == 1
 
