@@ -120,7 +120,7 @@ class Machines:
                 "--python", sys.executable, job, *words,
             ],
             cwd=ROOT, env=self.environment | {"PYTHONPATH": str(ROOT)}, capture_output=True,
-            text=True, timeout=120, check=False,
+            text=True, timeout=SECONDS, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return done.stdout.split()[-1]
