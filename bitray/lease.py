@@ -30,6 +30,10 @@ STALE_S = 30.0
 """Age of the last heartbeat from which on a holder counts as lost."""
 
 
+class Held(UserError):
+    """Another driver holds the run, or one did that has not been gone for long."""
+
+
 class TakenOver(UserError):
     """Another driver has taken the run over; nothing more may be written for this one."""
 
@@ -79,18 +83,18 @@ def newest_epoch(run_dir: str) -> int:
 
 
 def acquire(run_dir: str, now: Callable[[], float] = time.time) -> Claim:
-    """The lease of a run, of the next epoch. `UserError` while somebody else holds it, with who and
+    """The lease of a run, of the next epoch. `Held` while somebody else holds it, with who and
     how long ago he was heard of."""
     newest = newest_epoch(run_dir)
     if newest and (reason := _held(run_dir, newest, now())):
-        raise UserError(
+        raise Held(
             f"{run_dir}: is being written by {reason}; wait for it, stop it, or take another "
             "experiment=NAME"
         )
     me = {**_process(), "holder": os.urandom(8).hex(), "time": now()}
     claim = Claim(run_dir, newest + 1, str(me["holder"]))
     if not storage.create(claim.uri, (json.dumps(me) + "\n").encode()):
-        raise UserError(f"{run_dir}: another driver has just begun to write it; see who it is")
+        raise Held(f"{run_dir}: another driver has just begun to write it; see who it is")
     return claim
 
 

@@ -12,11 +12,12 @@ import pytest
 from bitray import Config
 from bitray.pipeline.requests import Evaluation, Export, Generation, Serving
 from bitray.settings import Composed
+from bitray.tuning import SearchSpace
 
 ROOT = Path(__file__).parent.parent
 JOBS: dict[str, type[Composed]] = {
     "pretrain": Config, "prepare": Config, "evaluate": Evaluation, "generate": Generation,
-    "export": Export, "serve": Serving,
+    "export": Export, "serve": Serving, "tune": SearchSpace,
 }  # fmt: skip
 
 
@@ -37,7 +38,9 @@ def test_jobs_take_these_words(command: str) -> None:
     at = next(k for k, word in enumerate(words) if word.startswith("jobs/"))
     path = ROOT / words[at]
     assert path.is_file()
-    assert JOBS[path.stem].load(None, [word for word in words[at + 1 :] if "=" in word])
+    said = words[at + 1 :]
+    file = next((str(ROOT / word) for word in said if word.endswith(".yaml")), None)
+    assert JOBS[path.stem].load(file, [word for word in said if "=" in word])
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("make")])

@@ -53,8 +53,8 @@ def seconds(spans: Spans, found: Found) -> float | None:
 def devices(config: Config) -> tuple[str, float]:
     """What a trial occupies: `GPU` or `worker`, and how many of them at most."""
     scalings = [config.scaling_of(name) for name in trained(config)]
-    gpus = max(each.gpus for each in scalings)
-    return ("GPU", gpus) if gpus else ("worker", max(each.most for each in scalings))
+    gpus = max(each.most * each.gpus_per_worker if each.use_gpu else 0.0 for each in scalings)
+    return ("GPU", gpus) if gpus else ("worker", float(max(each.most for each in scalings)))
 
 
 def cost_table(config: Config, trials: Iterable[Found], spans: Spans) -> Table:

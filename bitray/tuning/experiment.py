@@ -1,6 +1,7 @@
 """A search space as an experiment of Ax. Nothing of Tune, no threads."""
 
 import logging
+import math
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -111,7 +112,9 @@ def _share(found: Mapping[str, float], name: str) -> float:
     """Of a parameter; the surrogate sees a choice as one column for each value."""
     if name in found:
         return found[name]
-    return sum(abs(share) for column, share in found.items() if column.startswith(f"{name}_OH_"))
+    return math.fsum(
+        abs(share) for column, share in found.items() if column.startswith(f"{name}_OH_")
+    )
 
 
 def _table(card: Any) -> Any:

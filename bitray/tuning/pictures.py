@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitray.pipeline.report import drawn
-from bitray.tuning.parameter import Parameter, encoded
+from bitray.tuning.parameter import Number, Parameter, encoded
 from bitray.tuning.searcher import Found
 from bitray.tuning.space import SearchSpace
 
@@ -187,7 +187,7 @@ def _height(space: SearchSpace, path: str, found: Found, trials: Sequence[Found]
     return float((encoded(parameter, value) - low) / ((high - low) or 1.0))
 
 
-def _limits(parameter: Parameter, values: Sequence[Any]) -> tuple[float, float]:
+def _limits(parameter: Parameter, values: Sequence[Any]) -> tuple[Number, Number]:
     known = parameter.bounds or [value for value in values if value is not None]
     return encoded(parameter, min(known)), encoded(parameter, max(known))
 

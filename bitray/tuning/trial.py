@@ -3,12 +3,13 @@
 import math
 import statistics
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ray import tune
 
-from bitray import storage
+from bitray import lease, storage
 from bitray.data.manifest import digest
 from bitray.pipeline.cli import causes
 from bitray.pipeline.config import Config
@@ -20,6 +21,8 @@ from bitray.training.loop import mean_loss
 
 POLL_SECONDS = 0.5
 MEMORY = "out of memory"
+PATIENCE_S = 3 * lease.STALE_S
+"""How long a trial that is tried again waits for the lease of its run."""
 
 
 def trial_config(config: Config, base: str, overrides: Mapping[str, Any]) -> Config:
@@ -78,15 +81,28 @@ def clean(config: Config) -> None:
 
 
 def _run(config: Config, errors: list[BaseException]) -> None:
-    try:
-        run(config)
-    except BaseException as error:
-        errors.append(error)
+    """Run it, once a driver that was lost with its node no longer counts as the run's writer."""
+    patience = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            run(config)
+        except lease.Held as error:
+            if time.monotonic() > patience:
+                errors.append(error)
+                return
+            time.sleep(lease.BEAT_S)
+        except BaseException as error:
+            errors.append(error)
+            return
+        else:
+            return
 
 
 def _hopeless(error: BaseException) -> str | None:
     """Why the same settings would fail again; None if they may not."""
     for each in causes(error):
+        if isinstance(each, lease.Held | lease.TakenOver):
+            return None
         if isinstance(each, UserError) or MEMORY in str(each).lower():
             return str(each).splitlines()[0]
     return None

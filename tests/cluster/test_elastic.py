@@ -12,7 +12,7 @@ from conftest import HEAD, WORKER
 from machines import Machines, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
-STEPS = 160
+STEPS = 120
 FIXED = ("training.influence.enabled=false", f"training.max_steps={STEPS}")
 
 

@@ -78,12 +78,12 @@ def test_a_line_of_a_trial_that_ended() -> None:
     assert line(SPACE, STANDINGS[1]) == (
         "trial 2 early stopped at 50% after 0:50: loss 2  [optimizer.lr 0.25, optimizer.type muon]"
     )
-    lost = Standing(3, "abandoned", {LR: 0.25}, {"progress": 0.1}, 3, "no memory")
+    lost = Standing(3, "abandoned", {LR: 0.25}, {"progress": 0.1}, 3.0, "no memory")
     assert line(SPACE, lost).startswith("trial 3 abandoned (no memory) at 10% after 0:03")
 
 
 def test_times_as_people_write_them() -> None:
-    assert [clock(s) for s in (0, 59.6, 3599, 3600, 90061)] == [
+    assert [clock(s) for s in (0.0, 59.6, 3599.0, 3600.0, 90061.0)] == [
         "0:00", "1:00", "59:59", "1:00:00", "25:01:01",
     ]  # fmt: skip
 

@@ -1,6 +1,7 @@
 """What a trial tells Tune of a run's records, by hand."""
 
 import json
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,11 +9,12 @@ import pytest
 import ray
 import yaml
 
-from bitray import Config, checkpoint, storage
+from bitray import Config, checkpoint, lease, storage
 from bitray.pipeline.folders import StageFolder, original, predecessor
 from bitray.pipeline.report import read_metrics
 from bitray.settings import UserError
 from bitray.tuning import AxSearcher, SearchSpace
+from bitray.tuning import trial as trial_module
 from bitray.tuning.space import METRICS
 from bitray.tuning.sweep import claim, room, scheduler_of
 from bitray.tuning.trial import evaluated, lengths, outcome, share, trial_config
@@ -53,6 +55,28 @@ def test_metrics_of_a_trial_on_its_way(tmp_path: Path) -> None:
     assert told["progress"] == pytest.approx(2 / 3)
     assert outcome(config, LINES[:1] + LINES[:1])["progress"] == pytest.approx(1 / 3)
     assert set(told) == {*METRICS, "progress"}
+
+
+def test_a_trial_waits_for_a_writer_that_was_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it cannot have now is no fault of its settings; what is wrong with them is."""
+    config, tries, errors = config_at(tmp_path), [], []
+
+    def run(config: Config) -> None:
+        tries.append(lease.acquire(config.run_dir))
+
+    monkeypatch.setattr(trial_module, "run", run)
+    monkeypatch.setattr(lease, "BEAT_S", 0.05)
+    writer = lease.acquire(config.run_dir)
+    threading.Timer(0.5, writer.release).start()
+    trial_module._run(config, errors)
+    assert [claim.epoch for claim in tries] == [writer.epoch + 1] and not errors
+    monkeypatch.setattr(trial_module, "PATIENCE_S", 0.0)
+    trial_module._run(config, errors)
+    [error] = errors
+    assert isinstance(error, lease.Held) and trial_module._hopeless(error) is None
+    assert trial_module._hopeless(UserError("lr: too high")) == "lr: too high"
 
 
 def test_half_a_line_is_not_read(tmp_path: Path) -> None:
