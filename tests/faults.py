@@ -56,6 +56,12 @@ def befallen(fate: str) -> bool:
     return fate == "short"
 
 
+def undisturbed(fate: str) -> None:
+    """What cannot be done by half is not done."""
+    if befallen(fate):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
 @contextmanager
 def faulty(fate: Fate) -> Iterator[None]:
     """Inside, every change of this process to the file system asks for its fate."""
@@ -64,7 +70,7 @@ def faulty(fate: Fate) -> Iterator[None]:
 
     def patched(name: str) -> Callable[..., Any]:
         def change(*args: Any, **kwargs: Any) -> Any:
-            befallen(fate(name))
+            undisturbed(fate(name))
             return before[name](*args, **kwargs)
 
         return change
@@ -72,7 +78,7 @@ def faulty(fate: Fate) -> Iterator[None]:
     def patched_open(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         if mode in ("r", "rb") or isinstance(file, int):
             return opened(file, mode, *args, **kwargs)
-        befallen(fate("open"))
+        undisturbed(fate("open"))
         return _File(opened(file, mode, *args, **kwargs), fate)
 
     for name in CHANGES:

@@ -177,7 +177,7 @@ def test_a_disk_that_fails_now_and_then_loses_nothing(tmp_path: Path, name: str)
         root = tmp_path / str(seed)
         case.before(root)
         try:
-            with faulty(by_seed(seed, 0.04)):
+            with faulty(by_seed(seed, 0.07)):
                 case.work(root)
             done = True
         except OSError:
