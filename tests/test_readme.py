@@ -11,13 +11,14 @@ import pytest
 
 from bitray import Config
 from bitray.pipeline.requests import Evaluation, Export, Generation, Serving
+from bitray.pipeline.smoke import Smoke
 from bitray.settings import Composed
 from bitray.tuning import SearchSpace
 
 ROOT = Path(__file__).parent.parent
 JOBS: dict[str, type[Composed]] = {
     "pretrain": Config, "prepare": Config, "evaluate": Evaluation, "generate": Generation,
-    "export": Export, "serve": Serving, "tune": SearchSpace,
+    "export": Export, "serve": Serving, "tune": SearchSpace, "smoke": Smoke,
 }  # fmt: skip
 
 
@@ -25,14 +26,14 @@ def commands() -> list[str]:
     """Every command of a code block, continued lines joined."""
     blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.strip() for line in lines if line.startswith(("make", "python", "ray"))]
+    return [line.strip() for line in lines if re.match("make|python|ray|RAY", line)]
 
 
 def test_the_readme_has_commands() -> None:
     assert {"make demo", "make test"} <= set(commands()) and len(commands()) >= 8
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if "jobs/" in c])
+@pytest.mark.parametrize("command", [c for c in commands() if " jobs/" in c])
 def test_jobs_take_these_words(command: str) -> None:
     words = shlex.split(command)
     at = next(k for k, word in enumerate(words) if word.startswith("jobs/"))
@@ -47,3 +48,10 @@ def test_jobs_take_these_words(command: str) -> None:
 def test_make_knows_its_targets(command: str) -> None:
     target = command.split()[1]
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
+
+
+def test_what_it_names_is_there() -> None:
+    text = (ROOT / "README.md").read_text()
+    named = re.findall(r"\b(?:jobs|scripts|cluster|search_spaces)/[\w./]*\w", text)
+    assert len(named) > 20
+    assert [path for path in named if not (ROOT / path).exists()] == []
