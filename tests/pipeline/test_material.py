@@ -6,7 +6,7 @@ import json
 import random
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,10 @@ def interrupted(config: Config, then: Work) -> Work:
     """Ray's own work, but beside training the last unit waits until a step is done."""
     on_ray = prepare.on_ray
 
-    def work(job: Job, units: Sequence[Unit], reserved: float = 0.0) -> Iterator[UnitResult]:
+    def work(
+        job: Job, units: Sequence[Unit], reserved: float = 0.0, labels: Mapping[str, str] = {}
+    ) -> Iterator[UnitResult]:
+        assert not labels
         if not reserved:
             yield from on_ray(job, units)
             return
