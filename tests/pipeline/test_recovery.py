@@ -122,5 +122,5 @@ def test_a_second_driver_is_refused_while_the_first_goes_on(
         for each in (first,):
             if each.poll() is None:
                 each.kill()
-    with patient(5):
+    with patient(5.0):
         assert audit(str(folder)) == []
