@@ -29,7 +29,7 @@ from bitray.settings import UserError
 
 STOP_SECONDS = "300"
 """What `ray job stop` leaves a run for its last checkpoint; Ray's own: 3."""
-START_SECONDS = 90.0
+START_SECONDS = 300.0
 
 
 def run_name(job: str, words: list[str]) -> str:
