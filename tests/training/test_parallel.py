@@ -19,7 +19,7 @@ from bitray.models.loading import build_model
 from bitray.models.losses import LossModel
 from bitray.nn import bit_linears
 from bitray.training import state
-from bitray.training.loop import Loop, autocast_for
+from bitray.training.loop import Every, Loop, autocast_for
 from bitray.training.parallel import parallelize, world
 from bitray.training.settings import Resume, TrainingSettings
 from bitray.training.teacher import InProcessTeacher
@@ -149,7 +149,7 @@ def everything(folder: Path) -> dict[str, Any]:
 
     half = settings(**SHORT)
     run, kept = loop(BLENDED, half)
-    run.hooks = [Stop(3)]  # type: ignore[list-item]
+    run.hooks = [Every(3, stop)]
     run.run(tickets(Deal(3, world()[1]), half.batch_size))
     directory = f"{folder}/of_{world()[1]}"
     held = state.as_json(run.position, {"step": run.data_step})
@@ -183,14 +183,9 @@ def poisoned() -> dict[str, Any]:
     }
 
 
-class Stop:
-    """A hook that stops a run after a step."""
-
-    def __init__(self, step: int) -> None:
-        self.period = step
-
-    def fn(self, run: Loop) -> None:
-        run.stopped = True
+def stop(run: Loop) -> None:
+    """A hook that stops a run."""
+    run.stopped = True
 
 
 def link(folder: Path, kind: str, size: int) -> list[float]:
@@ -204,7 +199,7 @@ def link(folder: Path, kind: str, size: int) -> list[float]:
         )
         assert held is not None
         run.data_step = held["step"]
-    run.hooks = [Stop(5 * size)]  # type: ignore[list-item]
+    run.hooks = [Every(5 * size, stop)]
     run.run(tickets(Deal(3, world()[1]), given.batch_size, run.data_step))
     held = state.as_json(run.position, {"step": run.data_step})
     state.save(f"{folder}/{kind}_{size}", run.model, run.optimizer, held, {})
