@@ -63,7 +63,15 @@ class Machines:
 
     def add(self, **node: Any) -> int:
         """Start a node; its number."""
-        head = {} if self.raylets else {"include_dashboard": True, "dashboard_port": 0}
+        head = (
+            {}
+            if self.raylets
+            else {
+                "include_dashboard": True,
+                "dashboard_port": 0,
+                "dashboard_agent_listen_port": None,  # the usual one may be another cluster's
+            }
+        )
         labels = {**node.pop("labels", {}), "name": f"node{len(self.raylets)}"}
         answer = self._say(
             add={"object_store_memory": 150_000_000, "labels": labels, **head, **node}
