@@ -493,14 +493,14 @@ def problems(path: Path) -> list[tuple[int, Problem]]:
 
 def _of_document(tree: Any, guarded: bool, path: Path) -> Iterator[Problem]:
     kind = _below(tree, "kind")
-    if kind in MANIFESTS:
+    if isinstance(kind, str) and kind in MANIFESTS:
         found = list(wrong_keys(tree, MANIFESTS[kind]))
         yield from found
         if not _misshapen(found):
             yield from manifest_problems(tree, guarded)
     elif kind is None or str(_below(tree, "apiVersion")).startswith("ray.io"):
         provider = _below(tree, "provider", "type")
-        if provider not in PROVIDERS:
+        if not isinstance(provider, str) or provider not in PROVIDERS:
             known = [*PROVIDERS, *MANIFESTS]
             told = kind if kind is not None else provider
             text = f"{told!r} is none of {', '.join(known)}{nearest(str(told), known)}"

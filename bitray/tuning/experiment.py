@@ -9,7 +9,6 @@ from typing import Any
 
 from ax.api.client import Client
 from ax.api.configs import ChoiceParameterConfig, RangeParameterConfig
-from ax.utils.common.logger import set_ax_logger_levels
 from ax.utils.common.random import with_rng_seed
 
 from bitray.tuning.linear import Linear, at_most_zero
@@ -21,9 +20,16 @@ LEAST_OBSERVED, OBSERVED_PER_PARAMETER = 5, 2
 TYPES: dict[type, Any] = {bool: "bool", int: "int", float: "float", str: "str"}
 
 
+def _quiet() -> None:
+    """Have Ax speak of problems alone. Its own way trips over other threads' new loggers."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.partition(".")[0] == "ax":
+            logging.getLogger(name).setLevel(logging.WARNING)
+
+
 def client_of(space: SearchSpace) -> Client:
     """A new experiment: parameters, constraints, objectives, and how candidates are made."""
-    set_ax_logger_levels(logging.WARNING)
+    _quiet()
     client = Client()
     client.configure_experiment(
         [_parameter(space, path, each) for path, each in space.searched().items()],
@@ -68,7 +74,7 @@ def as_json(client: Client) -> str:
 
 def from_json(text: str) -> Client:
     """The client that `as_json` was given."""
-    set_ax_logger_levels(logging.WARNING)
+    _quiet()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ax.json"
         path.write_text(text)
