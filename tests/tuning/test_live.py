@@ -122,11 +122,15 @@ def sweep(folder: Path) -> AxSearcher:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_trials_of_tune_are_told_and_timed(
     ray_cluster: None, tmp_path: Path, capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """As lines; then another sweep on a terminal of its own, as a table that is drawn again."""
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not see tests
     searcher = sweep(tmp_path / "lines")
     out, found = capfd.readouterr().out, searcher.ended()
     assert len(found) == 4 and sum(each.status == "failed" for each in found) == 1
