@@ -11,6 +11,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+from flaky_s3 import FlakyS3
 from hub_server import Hub
 
 # Shared machines stall for seconds; how long an example takes says nothing here.
@@ -39,6 +40,15 @@ def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     bucket = f"bucket-{uuid.uuid4().hex[:12]}"
     _client(s3_server).create_bucket(Bucket=bucket)
     return f"s3://{bucket}"
+
+
+@pytest.fixture
+def proxy(s3_server: str, s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyS3]:
+    """What lies between this process with its children and the S3 server; it can be told to fail."""
+    proxy = FlakyS3(s3_server)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
+    yield proxy
+    proxy.close()
 
 
 def _account(server: str) -> dict[str, str]:

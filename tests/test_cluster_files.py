@@ -154,7 +154,7 @@ START = "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=/home/ray/.ray/auth_toke
         (AWS, f"{HEAD}.resources", {}, "the head takes work"),
         (AWS, "head_node_type", "haed", "there is no node type haed (nearest: 'head'"),
         (AWS, "file_mounts", {}, "no token is mounted"),
-        (AWS, "file_mounts", {"/root/.ray/auth_token": "~/t"}, "but it is mounted at /root/.ray"),
+        (AWS, "file_mounts", {"/srv/ray/auth_token": "~/t"}, "but it is mounted at /srv/ray"),
         (AWS, "docker.image", "rayproject/ray", "is not pinned"),
         (AWS, "docker.image", "host:5000/ray:latest", "is not pinned"),
         (AWS, "docker.worker_image", "rayproject/ray:nightly-gpu", "is not pinned"),

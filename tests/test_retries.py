@@ -13,14 +13,6 @@ from bitray.retries import StorageGone, failing, patient, retried
 from bitray.settings import UserError
 
 
-@pytest.fixture
-def proxy(s3_server: str, s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyS3]:
-    proxy = FlakyS3(s3_server)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
-    yield proxy
-    proxy.close()
-
-
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
     with warnings.catch_warnings():

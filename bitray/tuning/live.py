@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback
@@ -55,9 +56,7 @@ class Watch(Callback):
     of the sweep; they count, and may be the best."""
 
     def __init__(self, searcher: AxSearcher, before: Sequence[Found]) -> None:
-        os.environ["RAY_AIR_NEW_OUTPUT"] = (
-            "0"  # with it Tune prints a head though told to be silent
-        )
+        os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # else Tune prints a head though told to be silent
         self.searcher, self.before = searcher, list(before)
         self.began, self.looked = time.monotonic(), -PERIOD
         self.started: dict[str, float] = {}
@@ -73,7 +72,8 @@ class Watch(Callback):
         self._end(trials, trial, self.searcher.status(trial.last_result))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        last = (trial.get_error() or "").strip().rpartition("\n")[2]  # of a traceback
+        # `trial.get_error()` looks into storage, where the traceback comes later
+        last = Path(trial.error_file).read_text().strip().rpartition("\n")[2]
         self._end(trials, trial, self.searcher.status(None, error=True), last)
 
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,14 +32,6 @@ def driven(words: list[str], log: Path, **environment: str) -> subprocess.Popen[
         stdout=log.open("ab"), stderr=subprocess.STDOUT, start_new_session=True,
         env={**inherited, **environment},
     )  # fmt: skip
-
-
-@pytest.fixture
-def proxy(s3_server: str, s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyS3]:
-    proxy = FlakyS3(s3_server)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
-    yield proxy
-    proxy.close()
 
 
 def test_a_run_survives_storage_that_fails_and_storage_that_is_gone(

@@ -122,7 +122,6 @@ def sweep(folder: Path) -> AxSearcher:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
 def test_trials_of_tune_are_told_and_timed(
     ray_cluster: None, tmp_path: Path, capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
