@@ -44,7 +44,7 @@ def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def proxy(s3_server: str, s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyS3]:
-    """What lies between this process with its children and the S3 server; it can be told to fail."""
+    """What lies between a test, its children included, and the S3 server; it can fail."""
     proxy = FlakyS3(s3_server)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
     yield proxy

@@ -121,11 +121,6 @@ class Scaling(Settings):
             )
         return self
 
-    @property
-    def gpus(self) -> float:
-        """What the fewest workers take."""
-        return self.fewest * self.gpus_per_worker if self.use_gpu else 0.0
-
 
 class MicroBatch(Settings):
     """A global batch cut up."""

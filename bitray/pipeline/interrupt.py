@@ -1,4 +1,4 @@
-"""Ctrl-C: the first asks the workers for a checkpoint and an end, the second ends at once."""
+"""Ctrl-C and SIGTERM: the first asks for an orderly end, the second ends at once."""
 
 import os
 import signal
@@ -14,6 +14,27 @@ T = TypeVar("T")
 
 
 @contextmanager
+def interruptible(said: str, stop: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+    """Inside, the first signal tells `said` and calls `stop`. Gives whether it came."""
+    asked = False
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            os._exit(130)  # Ray's own processes follow when their driver is gone
+        asked = True
+        print(f"\n{said}; once more stops at once", flush=True)
+        stop()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def stoppable(run_dir: str) -> Iterator[None]:
     """Inside, an interrupt is passed on to the workers through the run's folder."""
     flag = storage.join(run_dir, STOP)
@@ -22,24 +43,16 @@ def stoppable(run_dir: str) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # a trial of a sweep: signals belong to whoever drives it
         return
-    asked = False
 
-    def ask(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
-            os._exit(130)  # Ray's own processes follow when their driver is gone
-        asked = True
-        print("\nstopping after this step, with a checkpoint; once more stops at once", flush=True)
+    def stop() -> None:
         storage.write_text(flag, "asked to stop\n")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if asked and storage.exists(flag):
-            storage.remove(flag)
+    with interruptible("stopping after this step, with a checkpoint", stop) as asked:
+        try:
+            yield
+        finally:
+            if asked() and storage.exists(flag):
+                storage.remove(flag)
 
 
 def in_thread(call: Callable[[], T], meanwhile: Callable[[], None] | None = None) -> T:

@@ -153,7 +153,7 @@ class Stage:
         self.folder = StageFolder(self.config.run_dir, self.name)
         self.autocast = autocast_for(self.device, self.settings.precision)
         self.checkpoints = Checkpoints(
-            self.folder, self.job.claim, self.settings.keep_last, self.say
+            self.folder, self.job.claim, self.settings.keep_last, self.say, self.ledger
         )
         self.shards = _shards(self.job.prepared[RowKind.of(self.settings)])
         longest = _shards(self.job.prepared[max(self.job.prepared)])

@@ -63,6 +63,11 @@ class Clock:
             self._since = now
         return now
 
+    def saved(self, seconds: float) -> None:
+        """A failure would cost so much less: a checkpoint holds them."""
+        with self._lock:
+            self.unsaved -= seconds
+
     def restore(self, held: Mapping[str, Any], began: float) -> None:
         """Go on from what a file holds; the gap since then was a restart where workers have run
         since the driver began, else its start. What they had not saved is lost."""
@@ -79,8 +84,7 @@ class Clock:
 
 
 class Ledger:
-    """Keeps a clock's sums in the run's folder; a sink, for its rhythm is that of metrics. What is
-    written when checkpoints are (`flush`) is saved."""
+    """Keeps a clock's sums in the run's folder; a sink, for its rhythm is that of metrics."""
 
     def __init__(self, run_dir: str, clock: Clock) -> None:
         self.uri, self.clock = storage.join(run_dir, FILE), clock
@@ -106,9 +110,20 @@ class Ledger:
         if not storage.is_remote(self.uri):  # which is written to with checkpoints alone
             self._keep()
 
+    def saving(self) -> Callable[[], None]:
+        """A checkpoint begins; to be called once it is complete, when more steps may have gone."""
+        self.clock.settle()
+        step, seconds = self.step, self.clock.unsaved
+
+        def saved() -> None:
+            self.saved = step
+            self.clock.saved(seconds)
+            self._keep()
+
+        return saved
+
     def flush(self) -> None:
-        self.clock.unsaved, self.saved = 0.0, self.step
-        self._keep()
+        """What comes with a checkpoint is kept once that is complete."""
 
     def close(self) -> None:
         self._keep()

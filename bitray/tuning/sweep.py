@@ -7,6 +7,9 @@ larger `num_trials` adds to it.
 import json
 import logging
 import math
+import os
+import signal
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +20,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 from bitray import storage
 from bitray.pipeline.config import Config, Scaling
 from bitray.pipeline.identity import differences, mathematical_settings
+from bitray.pipeline.interrupt import interruptible
 from bitray.pipeline.material import prepared_root
 from bitray.pipeline.plan import needed, plan
 from bitray.pipeline.run import located, prepare_only, run
@@ -54,7 +58,7 @@ def sweep(space: SearchSpace, name: str) -> str:
             base = common(config, folder)
             clock, watch = Clock(storage.join(folder, ATTEMPTS)), Watch(searcher, before)
             try:
-                _tuner(searcher, config, base, left, [clock, watch]).fit()
+                _search(_tuner(searcher, config, base, left, [clock, watch]))
             finally:
                 watch.close()
             if not space.keep_checkpoints:
@@ -121,6 +125,16 @@ def common(config: Config, folder: str) -> str:
     else:
         prepare_only(base)
     return base.run_dir
+
+
+def _search(tuner: tune.Tuner) -> None:
+    """All trials; `KeyboardInterrupt` once Tune has put those away that ran at an interrupt."""
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would swallow the interrupt
+    stop = partial(signal.raise_signal, signal.SIGUSR1)  # which Tune always hears
+    with interruptible("stopping; the same command continues the sweep", stop) as asked:
+        tuner.fit()
+    if asked():
+        raise KeyboardInterrupt
 
 
 def _tuner(

@@ -46,14 +46,14 @@ def test_a_later_voice_wins_over_a_saved_configuration(tmp_path: Path) -> None:
 def test_a_worker_may_take_a_share_of_a_gpu() -> None:
     words = ["scaling=single_gpu", "scaling.gpus_per_worker=0.25"]
     config, cpus = Config.load(overrides=words), {"CPU": 64.0}
-    assert config.scaling.gpus == 0.25
+    assert config.scaling.per_worker["GPU"] == 0.25
     assert needed(config, "stage2") == (4 + 2, 0.25)
     check_resources(config, {**cpus, "GPU": 0.25})
     with pytest.raises(UserError, match=r"needs 0\.25 GPUs, the cluster has 0\.2"):
         check_resources(config, {**cpus, "GPU": 0.2})
     with pytest.raises(UserError, match="NCCL does not put two of 2 workers on the same GPU"):
         Config.load(overrides=[*words, "scaling.num_workers=2"])
-    assert Config.load(overrides=["scaling=fsdp_multi"]).scaling.gpus == 4
+    assert Config.load(overrides=["scaling=fsdp_multi"]).scaling.num_workers == 4
 
 
 def test_a_sample_is_an_override() -> None:

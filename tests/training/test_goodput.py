@@ -82,12 +82,12 @@ def test_failures_and_stops_are_told_apart(tmp_path: Path) -> None:
     wall.at += 20
     clock, ledger = started(tmp_path, wall)
     taken(ledger, clock, wall, 100, 10)
-    ledger.flush()
+    ledger.saving()()
     taken(ledger, clock, wall, 30, 13)
     wall.at += 15  # nobody writes any more
     clock, ledger = started(tmp_path, wall)
     taken(ledger, clock, wall, 70, 17)
-    ledger.flush()
+    ledger.saving()()
     wall.at += 86_400
     goodput.begin(str(tmp_path), wall())
     wall.at += 25
@@ -108,11 +108,29 @@ def test_missed_checkpoints_are_counted(tmp_path: Path) -> None:
     for step, missed in ((5, 0), (15, 0), (24, 0), (25, 1), (35, 2)):
         ledger.write("stage2", step, {})
         assert ledger.metrics(save_every=10)["train/checkpoints_missed"] == missed
-    ledger.flush()
+    ledger.saving()()
     assert ledger.metrics(10)["train/checkpoints_missed"] == 0
     ledger.write("stage3", 1, {})  # a stage of its own, whose steps begin anew
     assert ledger.metrics(10)["train/checkpoints_missed"] == 0
     assert sum(v for k, v in ledger.metrics(10).items() if k.startswith("goodput/")) in (0, 1)
+
+
+def test_a_checkpoint_counts_once_it_is_complete(tmp_path: Path) -> None:
+    """30 s go by while it is written; a worker that dies before its end has lost all 130 s, one
+    that dies later those 30."""
+    lost = []
+    for complete in (False, True):
+        wall, folder = Wall(), tmp_path / str(complete)
+        clock, ledger = started(folder, wall)
+        taken(ledger, clock, wall, 100, 10)
+        saved = ledger.saving()
+        taken(ledger, clock, wall, 30, 13)
+        if complete:
+            saved()
+        ledger.write("stage2", 13, {})
+        clock, ledger = started(folder, wall)
+        lost.append(clock.seconds[LOST])
+    assert lost == [130, 30]
 
 
 def test_methods_are_counted() -> None:
@@ -147,7 +165,7 @@ def test_object_storage_is_written_to_with_checkpoints_alone(
     taken(ledger, clock, wall, 10, 1)
     held: Callable[[], float] = lambda: goodput.read(folder)["seconds"][PRODUCTIVE]  # type: ignore[index]  # noqa: E731
     assert held() == (0 if remote else 10)
-    ledger.flush()
+    ledger.saving()()
     assert held() == 10
 
 
