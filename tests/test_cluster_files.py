@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -102,6 +103,28 @@ def test_kubernetes_scales_from_nothing(path: Path) -> None:
     assert limits and not [k for k, _ in leaves(groups["data"]) if k == "nvidia.com/gpu"]
     disks = [int(v.removesuffix("Gi")) for k, v in leaves(spec) if k == "ephemeral-storage"]
     assert min(disks) >= 100
+
+
+@pytest.mark.parametrize("path", KUBERAY, ids=name)
+def test_kubernetes_knows_every_field(path: Path) -> None:
+    """By the schema of Kubernetes' own API, what KubeRay hands on to it included."""
+    asked = []
+    for tree in trees(path):
+        spec = tree["spec"].get("rayClusterSpec", tree["spec"])
+        if "headGroupSpec" not in spec:
+            asked.append(tree)
+            continue
+        templates = [
+            group["template"] for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+        ]
+        asked += [{"apiVersion": "v1", "kind": "Pod", **template} for template in templates]
+    assert len(asked) > 3
+    version = kubernetes_validate.latest_version()
+    for each in asked:
+        kubernetes_validate.validate(each, version, strict=True)
+    asked[-1]["spec"]["containers"][0]["imagee"] = "x"
+    with pytest.raises(kubernetes_validate.ValidationError, match="imagee"):
+        kubernetes_validate.validate(asked[-1], version, strict=True)
 
 
 def leaves(tree: Tree) -> Iterator[tuple[str, Any]]:

@@ -109,7 +109,8 @@ def outline(space: SearchSpace) -> str:
 
 
 def common(config: Config, folder: str) -> str:
-    """Run the stages that trials do not vary, with all data prepared; the folder of that run."""
+    """Run the stages that trials do not vary, with all data prepared; the folder of that run.
+    `KeyboardInterrupt` if it was stopped."""
     first = trained(config)[0]
     names = list(config.stages)
     before = names[: names.index(first)]
@@ -120,10 +121,10 @@ def common(config: Config, folder: str) -> str:
         "data.prepared_dir": prepared_root(config),
     }
     base = config.override({**place, **steps})
-    if before:
-        run(base)
-    else:
+    if not before:
         prepare_only(base)
+    elif run(base).stopped:
+        raise KeyboardInterrupt
     return base.run_dir
 
 

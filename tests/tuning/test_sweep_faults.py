@@ -90,8 +90,9 @@ def advanced(folder: Path) -> list[Path]:
 
 
 def test_a_sweep_that_is_hit_by_everything(tmp_path: Path, environment: dict[str, str]) -> None:
-    """A worker, a trial and the driver are killed, one trial diverges, some are stopped early: no
-    trial that ended runs again, and the best configuration reproduces its score."""
+    """A worker, a trial and the driver are killed, somebody types Ctrl-C, one trial diverges, some
+    are stopped early: no trial that ended runs again, and the best configuration reproduces its
+    score."""
     driver = begun(tmp_path, environment)
     wait_for(lambda: advanced(tmp_path), driver, tmp_path)
     [worker, *_] = wait_for(lambda: writers(driver), driver, tmp_path)
@@ -111,6 +112,13 @@ def test_a_sweep_that_is_hit_by_everything(tmp_path: Path, environment: dict[str
     overrides = dict(json.loads((tmp_path / "demo" / "searcher.json").read_text())["overrides"])
     runs = {n: tmp_path / "demo" / "trials" / trial_name(overrides[n]) for n in before}
     records = {n: (run / "metrics.jsonl").read_bytes() for n, run in runs.items()}
+    driver = begun(tmp_path, environment)
+    wait_for(lambda: writers(driver), driver, tmp_path)
+    family = driver.children(recursive=True)
+    driver.send_signal(signal.SIGINT)
+    assert driver.wait(60) == 130, (tmp_path / "driver.log").read_text()[-3000:]
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive and len(ended(tmp_path)) < 8
     driver = begun(tmp_path, environment)
     assert driver.wait(PATIENCE) == 0, (tmp_path / "driver.log").read_text()[-3000:]
 
