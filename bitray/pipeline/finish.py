@@ -15,9 +15,9 @@ from bitray.models.convert import is_bitnet
 from bitray.models.loading import load_model, load_tokenizer
 from bitray.pipeline.config import Config
 from bitray.pipeline.cost import ESTIMATE, Expected, comparison, load
+from bitray.pipeline.evaluations import CONVERTED, ORIGINAL, read_evaluations
 from bitray.pipeline.folders import StageFolder
 from bitray.pipeline.report import Table, read_metrics, write_report
-from bitray.pipeline.worker import CONVERTED, ORIGINAL, read_evaluations
 from bitray.training import goodput
 from bitray.training.loop import mean_loss
 

@@ -26,6 +26,7 @@ from bitray.models.loading import load_model, load_tokenizer
 from bitray.models.losses import LossModel
 from bitray.nn import set_strength
 from bitray.pipeline.config import Config
+from bitray.pipeline.evaluations import batches_of, read_evaluations
 from bitray.pipeline.finish import model_card
 from bitray.pipeline.folders import config_of, resolve_checkpoint, run_of
 from bitray.pipeline.material import Material, tokenizer_of
@@ -33,7 +34,6 @@ from bitray.pipeline.report import Table
 from bitray.pipeline.requests import Evaluation, Export, Generation, Serving
 from bitray.pipeline.run import located
 from bitray.pipeline.session import ray_session
-from bitray.pipeline.worker import batches_of, read_evaluations
 from bitray.settings import UserError
 from bitray.training.loop import autocast_for, mean_loss
 

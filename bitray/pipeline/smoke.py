@@ -7,10 +7,10 @@ from typing import Any
 
 from bitray import checkpoint, storage
 from bitray.pipeline.config import Config
+from bitray.pipeline.evaluations import CONVERTED
 from bitray.pipeline.finish import Result
 from bitray.pipeline.folders import StageFolder
 from bitray.pipeline.run import located, run
-from bitray.pipeline.worker import CONVERTED
 from bitray.settings import UserError, nearest
 from bitray.training.loop import mean_loss
 

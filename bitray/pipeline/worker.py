@@ -14,42 +14,26 @@ import ray.train.torch
 import torch
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.queue import Queue
-from transformers import PreTrainedModel
 
 from bitray import checkpoint, storage
 from bitray.data.manifest import digest, read_manifest
-from bitray.data.packing import PackedRows
 from bitray.data.shards import Shards, held_out
 from bitray.data.stream import DataEnded, TicketStream, worker_batches
 from bitray.data.weights import UNIT
-from bitray.inference.evaluation import evaluate
 from bitray.lease import Claim
-from bitray.models.batch import Batch
-from bitray.models.convert import is_bitnet, to_bitnet
 from bitray.models.isolation import check_documents_isolated
 from bitray.models.loading import (
-    build_model,
-    load_model,
     load_tokenizer,
     model_files,
 )
 from bitray.models.losses import LossModel
-from bitray.models.low_rank import (
-    add_corrections,
-    corrected_layers,
-    init_corrections,
-    train_corrections_only,
-)
-from bitray.models.mask_token import add_mask_token, mask_token_id
-from bitray.nn import LowRank
 from bitray.pipeline.cluster import room_for_another
 from bitray.pipeline.config import Config, Scaling
 from bitray.pipeline.console import Say, speaking
+from bitray.pipeline.evaluations import HeldOut, batches_of
 from bitray.pipeline.faults import OUT_OF_MEMORY, Hung, account, is_out_of_memory
 from bitray.pipeline.folders import (
     StageFolder,
-    original,
-    predecessor,
     resume_point,
     teacher_of,
 )
@@ -58,6 +42,7 @@ from bitray.pipeline.remix import few_updates, remixing
 from bitray.pipeline.remote_teacher import RemoteTeacher, pool, served
 from bitray.pipeline.saving import STOP, Checkpoints, Rewind, Watch
 from bitray.pipeline.sinks import RayMetrics, run_name, sinks_of
+from bitray.pipeline.student import Student
 from bitray.retries import patient
 from bitray.settings import UserError
 from bitray.training import goodput, state
@@ -74,11 +59,6 @@ from bitray.training.watch import Watchdog
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What trying again does not help against."""
-EVALUATIONS = "evaluations.json"
-ORIGINAL, CONVERTED = "original", "converted"
-"""Evaluations that belong to no stage: the pretrained model, and its ternary self untrained."""
-CALIBRATION_ROWS = 4
-"""Training rows of every source that SubLN gains are fitted to."""
 
 
 @dataclass(frozen=True)
@@ -158,8 +138,10 @@ class Stage:
         self.shards = _shards(self.job.prepared[RowKind.of(self.settings)])
         longest = _shards(self.job.prepared[max(self.job.prepared)])
         # Of the longest rows in the run, so that the losses of its stages compare.
-        self.validation = batches_of(
-            held_out(longest, "validation", self.config.evaluation.rows), self.settings.batch_size
+        rows = held_out(longest, "validation", self.config.evaluation.rows)
+        batches = batches_of(rows, self.settings.batch_size)
+        self.held_out = HeldOut(
+            self.config.run_dir, batches, self.device, self.autocast, self.clock
         )
 
     def run(self) -> bool:
@@ -170,15 +152,11 @@ class Stage:
             torch.cuda.set_per_process_memory_fraction(share)  # the rest is somebody else's
             torch.set_float32_matmul_precision("high" if self.settings.tf32 else "highest")
         torch.manual_seed(seed_of(self.settings.seed, self.name))
-        model, strength = self.student()
         tokenizer = load_tokenizer(self.job.tokenizer)
-        block_diffusion = self.settings.objectives.dlm
-        if self.settings.needs_mask_token or mask_token_id(model.config) is not None:
-            add_mask_token(model, tokenizer, self.config.model.mask_token)
-        if self.settings.needs_mask_token and block_diffusion and block_diffusion.mode == "block":
-            model.config.diffusion_block = block_diffusion.block
-        if self.settings.lrc is not None:
-            self.correct(model, self.settings.lrc)
+        student = Student(
+            self.config, self.name, self.shards, self.held_out, self.device, self.autocast, self.say
+        )
+        model, strength = student.make(tokenizer)
         self.files = model_files(model, tokenizer)
         wrapped = LossModel(model, self.settings.logits_chunk).to(self.device)
         check_documents_isolated(model, self.device)
@@ -237,62 +215,6 @@ class Stage:
             tickets.close()
 
     # ---------------------------------------------------------------------------- beginning
-
-    def student(self) -> tuple[PreTrainedModel, float]:
-        """The model that this stage trains, and the strength at which its predecessor ended."""
-        source = predecessor(self.config, self.name)
-        if source is None:
-            assert self.config.model.config is not None
-            model = build_model(self.config.model.config)
-        else:
-            revision = self.config.model.revision if source == self.config.model.path else None
-            model = load_model(source, revision)
-        if self.settings.dense:
-            return model, 0.0
-        assert source is not None, "a ternary stage starts from a dense model"
-        if is_bitnet(model):
-            held = checkpoint.load_state(source) if checkpoint.is_complete(source) else {}
-            return model, held.get("position", {}).get("strength", 1.0)
-        model.to(self.device)  # type: ignore[arg-type]  # transformers types `to` away
-        return self.converted(model, source), 0.0
-
-    def converted(self, model: PreTrainedModel, source: str) -> PreTrainedModel:
-        """The ternary model that a dense one becomes; both are evaluated, for the table."""
-        if source == self.config.model.path:
-            self.record(ORIGINAL, self.evaluate(LossModel(model)))
-        wanted = self.config.model.quantization
-        batch = self.calibration() if wanted.subln_init == "calibrated" else None
-        model = to_bitnet(model, wanted.subln, batch)
-        if not self.settings.convert_only:
-            self.record(CONVERTED, self.evaluate(LossModel(model)))
-        return model
-
-    def correct(self, model: PreTrainedModel, wanted: LowRank) -> None:
-        """Add low-rank corrections unless they are there, and train nothing else."""
-        model.to(self.device)  # type: ignore[arg-type]  # transformers types `to` away
-        resumed = from_rank_zero(lambda: resume_point(self.config, self.name))
-        if not corrected_layers(model):
-            add_corrections(model, wanted.rank)
-            if wanted.init != "kaiming" and not resumed:
-                batch, origin = self.calibration(), original(self.config)
-                assert origin is not None, "a ternary stage starts from a dense model"
-                loss = partial(self.loss_on, model, batch)
-                revision = self.config.model.revision if origin == self.config.model.path else None
-                weights = load_model(origin, revision).state_dict()
-                notice = init_corrections(model, wanted, weights, batch, loss)
-                if notice and world()[0] == 0:
-                    self.say(f"{self.name:<9} {notice}")
-        train_corrections_only(model)
-
-    def loss_on(self, model: PreTrainedModel, batch: Batch) -> float:
-        """Cross-entropy on a batch, the same number on all workers."""
-        losses = evaluate(LossModel(model), {"": [batch]}, self.device, self.autocast)
-        return from_rank_zero(lambda: losses[""])
-
-    def calibration(self) -> Batch:
-        """A few training rows of every source."""
-        rows = held_out(self.shards, "train", CALIBRATION_ROWS)
-        return PackedRows.joined(rows.values()).batch().to(self.device)
 
     def loop(self, model: LossModel, strength: float) -> Loop:
         """The loop at the place where it is to continue."""
@@ -440,7 +362,7 @@ class Stage:
         if loop.stopped or loop.at_end:
             return
         rows = -(-self.settings.eval_rows // self.settings.batch_size)
-        losses = self.evaluate(loop.model, rows)
+        losses = self.held_out.losses(loop.model, rows)
         self.note(loop, losses)
         loop.watch(mean_loss(losses))
         if loop.at_end and world()[0] == 0:
@@ -465,16 +387,10 @@ class Stage:
         """The last evaluation and the final checkpoint, which says that the stage has ended."""
         if not self.settings.total_steps:
             loop.write({"schedule/strength": loop.position.strength})
-        losses = self.evaluate(loop.model)
+        losses = self.held_out.losses(loop.model)
         self.note(loop, losses)
-        self.record(self.name, losses)
+        self.held_out.record(self.name, losses)
         self.save(loop, self.folder.final)
-
-    @goodput.counted("evaluation")
-    def evaluate(self, model: LossModel, batches: int | None = None) -> dict[str, float]:
-        """Held-out loss per domain at strength 1, on so many batches of each or on all."""
-        some = {name: found[:batches] for name, found in self.validation.items()}
-        return evaluate(model, some, self.device, self.autocast)
 
     def note(self, loop: Loop, losses: Mapping[str, float]) -> None:
         """Held-out losses into metrics and position."""
@@ -500,33 +416,12 @@ class Stage:
             held["influence"] = self.influence.state(loop)
         self.checkpoints.save(loop, directory, held, self.files)
 
-    def record(self, name: str, losses: Mapping[str, float]) -> None:
-        """Keep an evaluation for the table of the run."""
-        if world()[0] == 0:
-            known = read_evaluations(self.config.run_dir)
-            uri = storage.join(self.config.run_dir, EVALUATIONS)
-            storage.write_json(uri, {**known, name: dict(losses)})
-
-
-def read_evaluations(run_dir: str) -> dict[str, dict[str, float]]:
-    """Name of a stage (or `original`, `converted`) -> domain -> held-out loss."""
-    uri = storage.join(run_dir, EVALUATIONS)
-    return storage.read_json(uri) if storage.exists(uri) else {}
-
 
 def peak_memory_gb(device: torch.device) -> float:
     """The most that this worker took so far: of its GPU, or of the machine's memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def batches_of(rows: Mapping[str, PackedRows], size: int) -> dict[str, list[Batch]]:
-    """Rows of each domain as batches."""
-    return {
-        name: [found.part(at, at + size).batch() for at in range(0, len(found.lengths), size)]
-        for name, found in rows.items()
-    }
 
 
 def _shards(folder: str) -> Shards:

@@ -13,9 +13,9 @@ from bitray import lease, storage
 from bitray.data.manifest import digest
 from bitray.pipeline.cli import causes
 from bitray.pipeline.config import Config
+from bitray.pipeline.evaluations import CONVERTED, EVALUATIONS, read_evaluations
 from bitray.pipeline.report import read_metrics
 from bitray.pipeline.run import run
-from bitray.pipeline.worker import CONVERTED, EVALUATIONS, read_evaluations
 from bitray.settings import UserError
 from bitray.training.loop import mean_loss
 
