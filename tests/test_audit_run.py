@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from audit_run import audit, main
 
 from bitray import checkpoint, lease, storage
 from bitray.data.manifest import Counts, Manifest, Shard, SourceManifest, write_manifest
@@ -18,11 +19,6 @@ from bitray.data.packing import Row
 from bitray.data.plan import SourceSize
 from bitray.data.shards import ShardWriter, group_rows
 from bitray.events import Events
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from audit_run import audit, main  # noqa: E402
 
 LENGTH, ROWS, SIZE, STEPS = 8, 40, 4, 6
 """Tokens of a row, rows of the source, rows of a step, steps of the stage."""

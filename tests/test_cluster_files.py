@@ -1,16 +1,17 @@
 """The files of `cluster/`, and the linter that finds what Ray's own validator lets pass."""
 
 import copy
-import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import check_cluster_yaml as linter
 import kubernetes_validate
 import pytest
 import yaml
+from cluster_keys import MANIFESTS, launcher_keys
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -21,12 +22,6 @@ LAUNCHED = [*CLOUDS, CLUSTER / "local.yaml", CLUSTER / "on_prem.yaml"]
 KUBERAY = [CLUSTER / "kuberay" / f"{name}.yaml" for name in ("raycluster", "rayjob")]
 FILES = [*LAUNCHED, *KUBERAY, CLUSTER / "slurm.sh"]
 Tree = Any
-
-_spec = importlib.util.spec_from_file_location("linter", ROOT / "scripts/check_cluster_yaml.py")
-assert _spec and _spec.loader
-linter = importlib.util.module_from_spec(_spec)
-sys.modules["linter"] = linter
-_spec.loader.exec_module(linter)
 
 
 def name(path: Path) -> str:
@@ -303,7 +298,7 @@ def keys_of(tree: Tree, table: Any, at: str = "") -> Iterator[tuple[str, bool]]:
 
 
 def table_of(tree: Tree) -> Any:
-    return linter.MANIFESTS[tree["kind"]] if "kind" in tree else linter.launcher_keys(tree)
+    return MANIFESTS[tree["kind"]] if "kind" in tree else launcher_keys(tree)
 
 
 ALL_KEYS = [(path, *pair) for path in [*LAUNCHED, *KUBERAY]

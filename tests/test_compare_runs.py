@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from compare_runs import Found, compared, configured, cosine, measured
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from compare_runs import Found, compared, configured, cosine, measured  # noqa: E402
 
 TINY = [
     "model.config.vocab_size=64", "model.config.hidden_size=32",

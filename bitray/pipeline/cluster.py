@@ -15,7 +15,8 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from bitray.pipeline.config import Config, Scaling
+from bitray.pipeline.config import Config
+from bitray.pipeline.groups import Scaling
 from bitray.settings import UserError
 
 PREFLIGHT_SECONDS = 10.0

@@ -31,9 +31,10 @@ from bitray.data.tickets import least_lead
 from bitray.object_store import Patient
 from bitray.pipeline.cli import causes, sentence
 from bitray.pipeline.cluster import for_now
-from bitray.pipeline.config import Config, Scaling
+from bitray.pipeline.config import Config
 from bitray.pipeline.faults import OUT_OF_MEMORY
 from bitray.pipeline.folders import resume_point, skipped_by_name
+from bitray.pipeline.groups import Scaling
 from bitray.pipeline.interrupt import in_thread
 from bitray.pipeline.material import RowKind
 from bitray.pipeline.plan import too_large

@@ -20,7 +20,8 @@ from bitray.data.sources import ASIDE
 from bitray.data.tokenizer import train_tokenizer
 from bitray.data.units import documents
 from bitray.models.loading import load_tokenizer
-from bitray.pipeline.config import Config, StageSettings
+from bitray.pipeline.config import Config
+from bitray.pipeline.groups import StageSettings
 
 TOKENIZER_BYTES = 10_000_000
 """Text of each source that a tokenizer is trained on, at most."""

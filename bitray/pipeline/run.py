@@ -21,12 +21,13 @@ from bitray.lease import Claim
 from bitray.pipeline.batch_size import sized
 from bitray.pipeline.cli import causes, sentence
 from bitray.pipeline.cluster import preflight, reserved_cpus
-from bitray.pipeline.config import Config, Scaling
+from bitray.pipeline.config import Config
 from bitray.pipeline.console import console
 from bitray.pipeline.cost import ESTIMATE, dump
 from bitray.pipeline.finish import Result, finish
 from bitray.pipeline.fit import check_enough, fit, groups, grown, streams
 from bitray.pipeline.folders import skipped_by_name, stage_folder
+from bitray.pipeline.groups import Scaling
 from bitray.pipeline.identity import claim
 from bitray.pipeline.interrupt import stoppable
 from bitray.pipeline.material import (

@@ -28,7 +28,7 @@ from bitray.models.loading import (
 )
 from bitray.models.losses import LossModel
 from bitray.pipeline.cluster import room_for_another
-from bitray.pipeline.config import Config, Scaling
+from bitray.pipeline.config import Config
 from bitray.pipeline.console import Say, speaking
 from bitray.pipeline.evaluations import HeldOut, batches_of
 from bitray.pipeline.faults import OUT_OF_MEMORY, Hung, account, is_out_of_memory
@@ -37,6 +37,7 @@ from bitray.pipeline.folders import (
     resume_point,
     teacher_of,
 )
+from bitray.pipeline.groups import Scaling
 from bitray.pipeline.material import RowKind
 from bitray.pipeline.remix import few_updates, remixing
 from bitray.pipeline.remote_teacher import RemoteTeacher, pool, served

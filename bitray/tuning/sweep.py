@@ -18,7 +18,8 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
 from bitray import storage
-from bitray.pipeline.config import Config, Scaling
+from bitray.pipeline.config import Config
+from bitray.pipeline.groups import Scaling
 from bitray.pipeline.identity import differences, mathematical_settings
 from bitray.pipeline.interrupt import interruptible
 from bitray.pipeline.material import prepared_root

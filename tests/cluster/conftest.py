@@ -1,13 +1,9 @@
 """Clusters of several nodes for the tests here, and the run that is disturbed in them."""
 
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 from machines import Machines
-
-sys.path.append(str(Path(__file__).parents[1] / "pipeline"))  # for `road`
 
 HEAD = {"num_cpus": 1, "labels": {"role": "data"}}
 WORKER = {"num_cpus": 1, "labels": {"role": "train"}}

@@ -1,16 +1,11 @@
 """What the export tests share: small models of every kind, and a NumPy engine that reads GGUF."""
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
 from gguf_models import make_model
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 Made = tuple[PreTrainedModel, PreTrainedTokenizerFast]
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from audit_run import audit
 from flaky_s3 import FlakyS3
 from road import TRAINED, Road, differing, weights
 
@@ -17,9 +18,6 @@ from bitray import checkpoint, storage
 from bitray.retries import patient
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from audit_run import audit  # noqa: E402
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
