@@ -1,6 +1,7 @@
 """Pictures of a sweep: trace, importance, parallel coordinates, fronts, curves. Only drawing."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -120,7 +121,7 @@ def curves(
 ) -> str:
     """Held-out loss against tokens of all trials, also of those that were stopped."""
     axes, figure = _axes(3.6)
-    chosen, seen = {each.index for each in best}, set()
+    chosen, seen, losses = {each.index for each in best}, set(), []
     for each in sorted(trials, key=lambda t: t.index in chosen):
         points = [p for p in curves.get(each.index, ()) if math.isfinite(p[1])]
         if not points:
@@ -131,8 +132,22 @@ def curves(
         axes.plot(*_columns(points), marker=".", markersize=4, label=label, **look)
         axes.annotate(f" {each.index}", points[-1], fontsize=7, color=look["color"])
         seen.add(end)
+        losses += [loss for _, loss in points]
+    above = ""
+    if losses and (top := fence(losses)) < max(losses):
+        axes.set_ylim(top=top)
+        above = f" (what is above {top:.3g} is left out)"
     _label(axes, "tokens", "held-out loss, nats")
-    return drawn(figure, "Held-out loss of all trials")
+    return drawn(figure, "Held-out loss of all trials" + above)
+
+
+def fence(values: Sequence[float]) -> float:
+    """What is above is far out, by Tukey's outer fence: three ranges of the middle half of the
+    values above it (Exploratory Data Analysis, 1977)."""
+    if len(values) < 4:
+        return max(values)
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return third + 3 * (third - first)
 
 
 # ----------------------------------------------------------------------------------------- pieces

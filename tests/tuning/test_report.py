@@ -16,7 +16,7 @@ from bitray.tuning import AxSearcher, SearchSpace
 from bitray.tuning.cost import cost_table
 from bitray.tuning.experiment import as_json, client_of, importance
 from bitray.tuning.parameter import labels
-from bitray.tuning.pictures import best_so_far
+from bitray.tuning.pictures import best_so_far, curves, fence
 from bitray.tuning.report import Sweep, optimizer_tables
 from bitray.tuning.searcher import Found, front
 from bitray.tuning.sweep import analyze, outline
@@ -294,6 +294,16 @@ def test_curves_of_a_trial_by_hand(tmp_path: Path) -> None:
     sweep = Sweep.read(str(tmp_path), space, space.config(), searcher)
     assert sweep.curve(sweep.trials[0]) == [(10 * ROW, 5.0), (25 * ROW, 3.0)]
     assert sweep.curve(sweep.trials[3]) == [(10 * ROW, 5.0)]
+
+
+def test_a_trial_that_diverges_does_not_hide_the_others() -> None:
+    """Quartiles of 1..9 are 3 and 7: the fence is at 7 + 3 * 4."""
+    assert fence([*map(float, range(1, 10))]) == 19
+    assert fence([1.0, 2.0, 300.0]) == 300
+    fine = [Found(n, {}, "completed", {}) for n in range(4)]
+    flat = {n: [(10, 5.0 - n / 10), (20, 4.0 - n / 10)] for n in range(4)}
+    assert "left out" not in curves(flat, fine, [])
+    assert "(what is above" in curves({**flat, 3: [(10, 4.7), (20, 328.0)]}, fine, [])
 
 
 def test_labels_are_short_and_tell_apart() -> None:
