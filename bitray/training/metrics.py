@@ -137,7 +137,7 @@ class WeightsAndBiases:
                 run.log(record)
             run.finish()
         except Exception as error:
-            reason = str(error).partition("\n")[0]
+            reason = str(error).partition("\n")[0] or type(error).__name__
             warnings.warn(f"Weights & Biases failed, training goes on: {reason}", stacklevel=1)
 
     def write(self, stage: str, step: int, metrics: Metrics) -> None:

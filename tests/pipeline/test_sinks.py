@@ -1,8 +1,10 @@
 """Sinks that reach outside of the run's folder: Ray's metrics and W&B, both without any account."""
 
+import http.server
+import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from wandb_file import histories, run_records
 
 from bitray import Config
 from bitray.pipeline.sinks import RayMetrics, sinks_of, wandb_wanted
+from bitray.training import metrics
 from bitray.training.metrics import Console, JsonLines, TensorBoard, WeightsAndBiases
 
 
@@ -57,23 +60,45 @@ def test_wandb_without_a_key_writes_one_offline_run(
         assert {item.key: item.value_json for item in run.config.update}["training"] == '{"seed":7}'
 
 
-def test_a_tracker_that_is_down_or_slow_costs_no_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def failing_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What it was asked for, by a W&B that has a key; it answers 503 to all."""
+    asked: list[str] = []
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(self.path)
+            self.send_error(503)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        monkeypatch.setenv("WANDB_SILENT", "true")
+        yield asked
+        server.shutdown()
+
+
+def test_a_tracker_that_is_down_costs_no_step(
+    tmp_path: Path, failing_server: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import wandb
-
-    def down(**_: object) -> None:
-        time.sleep(1.0)
-        raise ConnectionError("nobody answers\nand more of it")
-
-    monkeypatch.setattr(wandb, "init", down)
-    began = time.monotonic()
+    monkeypatch.setattr(metrics, "CLOSING_SECONDS", 1.0)
     sink = WeightsAndBiases("bitray", "a-run", "id", str(tmp_path), {})
+    began = time.monotonic()
     for step in range(100):
         sink.write("stage0", step, {"train/loss": 1.0})
     assert time.monotonic() - began < 0.5
-    with pytest.warns(UserWarning, match="Biases failed, training goes on: nobody answers$"):
-        sink.close()
+    _until(lambda: " ".join(failing_server), "/graphql")
+    sink.close()
+    assert sink.thread.is_alive(), "it goes on asking; nobody waits for that"
+
+
+@pytest.mark.slow
+def test_a_tracker_that_stays_down_is_told(tmp_path: Path, failing_server: list[str]) -> None:
+    with pytest.warns(UserWarning, match="Weights & Biases failed, training goes on: .*id"):
+        WeightsAndBiases("bitray", "a-run", "id", str(tmp_path), {}).thread.join(300)
 
 
 @pytest.mark.ray
