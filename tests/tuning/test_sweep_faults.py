@@ -189,7 +189,7 @@ def test_three_nodes_of_which_one_goes(tmp_path: Path, environment: dict[str, st
     print(json.dumps(found, indent=1))
     assert (found["nodes"], found["beside"]) == (3, 3)
     again = [name for name, opened in found["generations"].items() if max(opened) > 1]
-    assert again == [found["lost"]]
+    assert set(again) - set(found["rewound"]) == {found["lost"]}
     for name, (lines, same) in found["kept"].items():
         assert same == lines or (name == found["lost"] and same > 0)
     assert found["freed"] and not found["not_freed"] and max(found["freed"]) <= 20

@@ -17,6 +17,7 @@ from ray.cluster_utils import Cluster
 from ray.util import placement_group_table
 from ray.util.state import list_actors
 
+from bitray.events import read_events
 from bitray.tuning import SearchSpace
 from bitray.tuning import sweep as sweeps
 
@@ -50,6 +51,11 @@ def generations(run: Path) -> list[int]:
     """How often the rows of each stage that is trained in a trial were opened."""
     files = [run / "mixture" / f"{stage}.json" for stage in ("stage1_9", "stage2")]
     return [json.loads(f.read_text())["generation"] if f.exists() else 0 for f in files]
+
+
+def rewound(run: Path) -> bool:
+    """Whether a trial that diverges was begun again from a checkpoint."""
+    return any(event["kind"] == "rewind" for event in read_events(str(run)))
 
 
 class Watch(threading.Thread):
@@ -110,8 +116,13 @@ def wait_for(condition: Any) -> float:
     return time.monotonic() - began
 
 
+OF_THE_CLUSTER = ("TrainStateActor", "ActorLocationTracker", "_UsageCollectionActor", "_StatsActor")
+"""Actors of Ray's that live as long as the cluster."""
+
+
 def alive() -> list[str]:
-    return [f"{a.class_name} {a.state}" for a in list_actors() if a.state != "DEAD"]
+    actors = [a for a in list_actors() if a.state != "DEAD" and a.class_name not in OF_THE_CLUSTER]
+    return [f"{actor.class_name} {actor.state}" for actor in actors]
 
 
 def main() -> None:
@@ -152,6 +163,7 @@ def main() -> None:
         "gone": gone,
         "alive": alive(),
         "generations": {run.name: generations(run) for run in trials.iterdir()},
+        "rewound": [run.name for run in trials.iterdir() if rewound(run)],
         "kept": {
             name: kept(text, (trials / name / "metrics.jsonl").read_text())
             for name, text in before.items()
