@@ -49,10 +49,10 @@ from bitray.data.stream import TicketConfig, TicketStream, ticket_dataset, worke
 from bitray.data.tokenizer import Encoder, backend_json, end_token_id, train_tokenizer
 from bitray.data.units import documents, in_process
 from bitray.models.batch import IGNORED, Batch
-from bitray.pipeline.fit import BUNDLE, LEAD
 from bitray.pipeline.report import Table
 from bitray.pipeline.run import run
 from bitray.pipeline.session import ray_session
+from bitray.pipeline.streams import BUNDLE, LEAD
 
 LENGTH = 1024
 """Of Stage 2's preset."""

@@ -76,3 +76,14 @@ def test_jobs_are_short() -> None:
             ast.get_docstring(tree, clean=False).splitlines()
         )  # type: ignore[union-attr]
         assert code <= 40, path
+
+
+def test_the_controller_of_training_does_not_load_models() -> None:
+    """It asks `streams` where data is to continue, at every start of the workers."""
+    said = (
+        "import sys, bitray.pipeline.streams; print('transformers.modeling_utils' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", said], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.strip() == "False"

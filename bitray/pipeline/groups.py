@@ -1,6 +1,6 @@
 """The groups of settings of a run, each by itself; `Config` puts them together."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
@@ -161,6 +161,21 @@ class StageSettings(TrainingSettings):
     def strength(self, step: int, initial: float) -> float:
         """Quantisation strength of a step; a dense stage has none."""
         return 0.0 if self.dense else super().strength(step, initial)
+
+
+class RowKind(NamedTuple):
+    """What a stage wants of its rows. The greatest of a run's kinds is the one it evaluates on."""
+
+    length: int
+    packed: bool
+
+    @classmethod
+    def of(cls, stage: StageSettings) -> "RowKind":
+        """The rows of a stage."""
+        return cls(stage.max_seq_length, stage.packing.enabled)
+
+    def __str__(self) -> str:
+        return f"{self.length}{'' if self.packed else ', one document a row'}"
 
 
 class WandB(Settings):

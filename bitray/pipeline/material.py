@@ -7,7 +7,6 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
 
 from bitray import storage
 from bitray.data import prepare
@@ -21,7 +20,7 @@ from bitray.data.tokenizer import train_tokenizer
 from bitray.data.units import documents
 from bitray.models.loading import load_tokenizer
 from bitray.pipeline.config import Config
-from bitray.pipeline.groups import StageSettings
+from bitray.pipeline.groups import RowKind
 
 TOKENIZER_BYTES = 10_000_000
 """Text of each source that a tokenizer is trained on, at most."""
@@ -61,21 +60,6 @@ def tokenizer_of(config: Config) -> str:
             for path in files:
                 storage.write_bytes(storage.join(folder, path.name), path.read_bytes())
     return folder
-
-
-class RowKind(NamedTuple):
-    """What a stage wants of its rows. The greatest of a run's kinds is the one it evaluates on."""
-
-    length: int
-    packed: bool
-
-    @classmethod
-    def of(cls, stage: StageSettings) -> "RowKind":
-        """The rows of a stage."""
-        return cls(stage.max_seq_length, stage.packing.enabled)
-
-    def __str__(self) -> str:
-        return f"{self.length}{'' if self.packed else ', one document a row'}"
 
 
 class Material:

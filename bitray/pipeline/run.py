@@ -25,14 +25,13 @@ from bitray.pipeline.config import Config
 from bitray.pipeline.console import console
 from bitray.pipeline.cost import ESTIMATE, dump
 from bitray.pipeline.finish import Result, finish
-from bitray.pipeline.fit import check_enough, fit, groups, grown, streams
+from bitray.pipeline.fit import fit, groups
 from bitray.pipeline.folders import skipped_by_name, stage_folder
-from bitray.pipeline.groups import Scaling
+from bitray.pipeline.groups import RowKind, Scaling
 from bitray.pipeline.identity import claim
 from bitray.pipeline.interrupt import stoppable
 from bitray.pipeline.material import (
     Material,
-    RowKind,
     named_tokenizer,
     prepared_beside,
     tokenizer_of,
@@ -47,6 +46,7 @@ from bitray.pipeline.plan import (
 from bitray.pipeline.report import Table
 from bitray.pipeline.saving import STOP
 from bitray.pipeline.session import ray_session
+from bitray.pipeline.streams import check_enough, grown, streams
 from bitray.pipeline.worker import Job
 from bitray.retries import patient
 from bitray.settings import UserError

@@ -37,8 +37,7 @@ from bitray.pipeline.folders import (
     resume_point,
     teacher_of,
 )
-from bitray.pipeline.groups import Scaling
-from bitray.pipeline.material import RowKind
+from bitray.pipeline.groups import RowKind, Scaling
 from bitray.pipeline.remix import few_updates, remixing
 from bitray.pipeline.remote_teacher import RemoteTeacher, pool, served
 from bitray.pipeline.saving import STOP, Checkpoints, Rewind, Watch

@@ -20,7 +20,8 @@ from bitray.data.manifest import SPLITS, Counts, Manifest, SourceManifest, read_
 from bitray.data.plan import MixturePlan, opening
 from bitray.data.shards import Shards
 from bitray.data.sources import Unit
-from bitray.pipeline.material import Material, RowKind, prepared_beside
+from bitray.pipeline.groups import RowKind
+from bitray.pipeline.material import Material, prepared_beside
 from bitray.pipeline.run import run
 from bitray.settings import UserError
 

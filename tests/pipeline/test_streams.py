@@ -9,8 +9,8 @@ from bitray import Config
 from bitray.data.manifest import Counts, Manifest, SourceManifest
 from bitray.data.plan import SourceSize
 from bitray.data.tickets import least_lead
-from bitray.pipeline.fit import BUNDLE, check_enough, grown, stage_mixture, streams
-from bitray.pipeline.material import RowKind
+from bitray.pipeline.groups import RowKind
+from bitray.pipeline.streams import BUNDLE, check_enough, grown, stage_mixture, streams
 from bitray.settings import UserError
 
 NAMES = ("code", "prose", "arithmetic")
@@ -97,7 +97,7 @@ def test_a_stage_after_one_that_is_left_out_begins_by_itself(
 ) -> None:
     flows = flows_of(tmp_path)
     assert [flow.mixture.after for flow in flows.values()] == [None, "stage0", "stage1_9"]
-    monkeypatch.setattr("bitray.pipeline.fit.skipped_by_name", lambda _: ["stage0", "stage1"])
+    monkeypatch.setattr("bitray.pipeline.streams.skipped_by_name", lambda _: ["stage0", "stage1"])
     flows = flows_of(tmp_path)
     assert [flow.mixture.after for flow in flows.values()] == [None, None, "stage1_9"]
 
