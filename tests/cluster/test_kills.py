@@ -63,9 +63,17 @@ def test_a_kill_costs_only_time(
         steps = [line["step"] for line in found.lines("stage0")] if there else []
         return max(steps, default=0)
 
-    wait_for(lambda: reached() >= step, why=f"step {step}")
+    def readers() -> list[str]:
+        return [name for name in ("_Bundles", "Read") if machines.processes(name)]
+
+    if victim == "reader":  # rows are read ahead, so that they are done long before training is
+        wait_for(readers, why="readers")
+    else:
+        wait_for(lambda: reached() >= step, why=f"step {step}")
     struck, at = time.time(), reached()
-    if victim == "node":
+    if victim == "reader":
+        machines.strike(readers()[0], number)
+    elif victim == "node":
         mine = 1 if machines.processes("RayTrainWorker", 1) and number else 2
         machines.kill(mine)
         machines.raylets[mine] = machines.raylets[machines.add(**WORKER)]
@@ -76,7 +84,7 @@ def test_a_kill_costs_only_time(
         submission = machines.submit("jobs/pretrain.py", said)
         assert submission == "killed_driver-2"
     else:
-        names = {"worker": "RayTrainWorker", "reader": "Read", "mixture": "MixtureActor",
+        names = {"worker": "RayTrainWorker", "mixture": "MixtureActor",
                  "controller": "TrainController"}  # fmt: skip
         machines.strike(names[victim], number)
     wait_for(lambda: reached() > at, why="a new step")
