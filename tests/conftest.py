@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
+import jaxtyping
 import pytest
 from flaky_s3 import FlakyS3
 from hub_server import Hub
@@ -40,6 +41,15 @@ def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     bucket = f"bucket-{uuid.uuid4().hex[:12]}"
     _client(s3_server).create_bucket(Bucket=bucket)
     return f"s3://{bucket}"
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Types and shapes are not checked at run time: such checks cannot be compiled, and forbid some
+    of what users may do."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

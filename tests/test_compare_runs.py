@@ -53,6 +53,7 @@ def test_two_workers_with_a_sharded_teacher_change_nothing(plain: Found) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
 def test_compiled_blocks_change_nothing(plain: Found) -> None:
     for difference in compared(plain, numbers("stage1_9", "training.torch_compile.enabled=true")):
         assert difference.within(1e-5), difference

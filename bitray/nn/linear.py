@@ -117,7 +117,7 @@ class BitLinear(nn.Module):
                 return TernaryFP8.apply(x, self.weight, self.bias, dtype, self.fp8)
             return _Ternary.apply(x, self.weight, self.bias, dtype)
         strength = self.strength.float()
-        columns = strength if salient is None else strength * ~salient
+        columns = None if salient is None else strength * ~salient
         return _Blended.apply(x, self.weight, self.bias, strength, columns, dtype)
 
     def extra_repr(self) -> str:
@@ -191,7 +191,8 @@ class _Ternary(torch.autograd.Function):
 
 class _Blended(torch.autograd.Function):
     """Strength below 1, of x or of some columns of the weight: values between master and code.
-    Saves x itself, recomputes the blends."""
+    Saves x itself, recomputes the blends. `columns` is None where all have the strength of x: the
+    compiler takes no tensor twice."""
 
     @staticmethod
     def forward(  # noqa: PLR0917 - autograd passes by position
@@ -200,7 +201,7 @@ class _Blended(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         strength: Tensor,
-        columns: Tensor,
+        columns: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
         largest, scale = token_range(x), ternary_scale(weight)
@@ -208,13 +209,14 @@ class _Blended(torch.autograd.Function):
         ctx.dtype = dtype
         return F.linear(
             _blend_x(x, largest, strength).to(dtype),
-            _blend_weight(weight, scale, columns).to(dtype),
+            _blend_weight(weight, scale, strength if columns is None else columns).to(dtype),
             None if bias is None else bias.to(dtype),
         )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, largest, weight, scale, strength, columns = ctx.saved_tensors
+        columns = strength if columns is None else columns
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ _blend_weight(weight, scale, columns).to(ctx.dtype)).to(x.dtype)

@@ -1,8 +1,5 @@
 """BitLinear: exact products, the straight-through gradients, and what may not change its codes."""
 
-from collections.abc import Iterator
-
-import jaxtyping
 import pytest
 import torch
 from torch import Tensor, nn
@@ -162,14 +159,6 @@ def test_frozen_weights_cost_no_gradient() -> None:
         layer(x).sum().backward()
         assert layer.weight.grad is None
         assert x.grad is not None
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Shapes are not checked at run time: the checks cannot be compiled."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("unchecked")

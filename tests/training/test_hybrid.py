@@ -9,16 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_parallel import BLENDED, CPU, SHORT, loop, row, settings, tickets, whole
+from test_parallel import BLENDED, SHORT, loop, row, settings, tickets, whole
 
 from bitray import Config
 from bitray.data.tickets import Deal
 from bitray.models.batch import Batch
-from bitray.models.losses import LossModel
 from bitray.settings import UserError
 from bitray.training import parallel
 from bitray.training.gradients import gram_matrix
-from bitray.training.parallel import parallelize, world
+from bitray.training.parallel import world
 
 NODES, EACH = 2, 2
 
@@ -53,7 +52,7 @@ def _worker(rank: int, folder: Path) -> None:
     found: dict[str, Any] = {"hybrid": trained(True)}
     os.environ["LOCAL_WORLD_SIZE"] = "4" if rank else "1"
     try:
-        parallelize(LossModel(torch.nn.Linear(2, 2)), settings(), CPU, hybrid=True)
+        loop(BLENDED, settings(**SHORT))
     except Exception as error:
         found["refused"] = str(error)
     torch.save(found, folder / f"{rank}.pt")
