@@ -4,8 +4,10 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn, TypeVar
+
+import psutil
 
 from bitray import storage
 from bitray.pipeline.saving import STOP
@@ -21,7 +23,7 @@ def interruptible(said: str, stop: Callable[[], None]) -> Iterator[Callable[[], 
     def ask(number: int, frame: Any) -> None:
         nonlocal asked
         if asked:
-            os._exit(130)  # Ray's own processes follow when their driver is gone
+            end_at_once()
         asked = True
         print(f"\n{said}; once more stops at once", flush=True)
         stop()
@@ -32,6 +34,14 @@ def interruptible(said: str, stop: Callable[[], None]) -> Iterator[Callable[[], 
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def end_at_once() -> NoReturn:
+    """Exit with all processes below this one; agents of a Ray that it started would stay."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            process.kill()
+    os._exit(130)
 
 
 @contextmanager

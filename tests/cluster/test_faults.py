@@ -3,14 +3,23 @@
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import psutil
 import pytest
+from conftest import HEAD, WORKER
 from machines import Machines, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[Machines]:
+    """As elsewhere, but that tensors are given back to the system, so that its limits are felt."""
+    found = Machines(HEAD, WORKER, WORKER, MALLOC_MMAP_THRESHOLD_="65536")
+    yield found
+    found.close()
 
 
 def begun(found: Any, step: int) -> int:
@@ -53,17 +62,17 @@ def test_a_hung_worker_is_found_and_all_start_again(
 
 
 def test_a_slow_worker_is_named(machines: Machines, words: Callable[..., Sequence[str]]) -> None:
-    found, submission = start(machines, words("slow", "training.max_steps=80"))
-    begun(found, 12)
+    heavier = ["training.batch_size=16", "training.influence.enabled=false"]
+    found, submission = start(machines, words("slow", "training.max_steps=80", *heavier))
     victim, over = machines.processes("RayTrainWorker")[0], threading.Event()
 
     def slow() -> None:
         """Two thirds of the time it does not run."""
         while not over.is_set():
             victim.suspend()
-            time.sleep(0.2)
+            time.sleep(0.04)
             victim.resume()
-            time.sleep(0.1)
+            time.sleep(0.02)
 
     thread = threading.Thread(target=slow)
     at = begun(found, 12)
@@ -82,7 +91,7 @@ def test_a_slow_worker_is_named(machines: Machines, words: Callable[..., Sequenc
 def test_a_worker_without_memory_stops_the_run_with_advice(
     machines: Machines, words: Callable[..., Sequence[str]]
 ) -> None:
-    found, submission = start(machines, words("memory"))
+    found, submission = start(machines, words("memory", "training.batch_size=16"))
     begun(found, 8)
     victim, began = machines.processes("RayTrainWorker")[0], time.time()
     victim.rlimit(psutil.RLIMIT_DATA, (victim.memory_info().data + 2_000_000,) * 2)
@@ -90,7 +99,7 @@ def test_a_worker_without_memory_stops_the_run_with_advice(
     print(f"\nout of memory: the run ended after {time.time() - began:.1f} s")
     logs = machines.logs(submission)
     (told,) = [line for line in logs.splitlines() if line.startswith("error: ")]
-    assert "ran out of memory at a peak of" in told and "training.batch_size (now 2" in told
+    assert "ran out of memory at a peak of" in told and "training.batch_size (now 16" in told
     assert "Traceback" not in logs
     machines.clean()
 
