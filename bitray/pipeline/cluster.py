@@ -147,20 +147,24 @@ def capacity(per_worker: dict[str, float]) -> int:
     )
 
 
-def for_now(scaling: Scaling) -> int | tuple[int, int]:
-    """`scaling.num_workers` with as many at most as there is room for while nodes are about to go:
-    Ray Train counts those, and would wait for them."""
-    going: Any = ray._private.state.state.get_draining_nodes()
-    if not going or scaling.fewest == scaling.most:
-        return scaling.num_workers
-    for count in range(scaling.most, scaling.fewest, -1):
-        group = _reserve(scaling.per_worker, count, scaling.placement, scaling.worker_labels)
+def room(
+    bundle: dict[str, float], fewest: int, most: int, strategy: str, labels: dict[str, str]
+) -> int:
+    """How many workers between `fewest` and `most` can be placed now, found by placing them; the
+    fewest where not even those can be."""
+    known, least_refused = fewest, most + 1
+    asked, seconds = most, 3 * ROOM_SECONDS  # what was there before may only just be going
+    while known + 1 < least_refused:
+        group = _reserve(bundle, asked, strategy, labels)
         try:
-            if _placed([group], ROOM_SECONDS * 3):
-                return scaling.fewest, count
+            if _placed([group], seconds):
+                known = asked
+            else:
+                least_refused = asked
         finally:
             remove_placement_group(group)
-    return scaling.fewest, scaling.fewest
+        asked, seconds = (known + least_refused) // 2, ROOM_SECONDS
+    return known
 
 
 def room_for_another(scaling: Scaling) -> bool:

@@ -3,16 +3,12 @@
 import itertools
 import math
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from pyarrow.fs import PyFileSystem
-from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-    get_or_create_autoscaling_coordinator,
-)
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -25,8 +21,8 @@ from bitray import storage
 from bitray.data.stream import TicketConfig, ticket_dataset
 from bitray.object_store import Patient
 from bitray.pipeline.cli import causes, sentence
-from bitray.pipeline.cluster import for_now
 from bitray.pipeline.config import Config
+from bitray.pipeline.elastic import use_policy
 from bitray.pipeline.faults import OUT_OF_MEMORY
 from bitray.pipeline.groups import Scaling
 from bitray.pipeline.interrupt import in_thread
@@ -40,8 +36,6 @@ START_SECONDS = 10.0
 """How long Ray Train waits for the nodes of all workers before it looks again at how many there
 are (Ray's own: 60); it does so until `scaling.patience_seconds` are over."""
 STARTS = (WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError)
-NODES_SECONDS = 3.0
-"""How old Ray Train's view of the nodes may be (Ray's own: 20)."""
 
 
 def groups(config: Config, stages: list[str]) -> Iterator[tuple[Scaling, tuple[str, ...]]]:
@@ -79,13 +73,14 @@ def fit(job: Job, scaling: Scaling) -> str | None:
     """
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{START_SECONDS:g}")
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+    use_policy()
     uri, lost = storage.join(job.config.run_dir, OUT_OF_MEMORY), 0
     if storage.exists(uri):
         storage.remove(uri)
     while True:
         try:
             with storage_errors(job.config.run_dir):
-                result: Any = in_thread(_trainer(job, scaling).fit, _look_at_nodes(scaling))
+                result: Any = in_thread(_trainer(job, scaling).fit)
         except TrainingFailedError as error:
             raise UserError(_failure(job, scaling, error)) from error
         except RayActorError as error:  # Ray Train's own controller; its workers go with it
@@ -101,22 +96,6 @@ def fit(job: Job, scaling: Scaling) -> str | None:
             raise UserError(outcome["error"])
         if "again" not in outcome:
             return outcome.get("stopped")
-
-
-def _look_at_nodes(scaling: Scaling) -> Callable[[], None] | None:
-    """Have Ray Train count the nodes every few seconds, where it decides by their number."""
-    if scaling.fewest == scaling.most:
-        return None
-    last = 0.0
-
-    def look() -> None:
-        nonlocal last
-        if time.monotonic() - last > NODES_SECONDS:
-            last = time.monotonic()
-            actor: Any = get_or_create_autoscaling_coordinator()
-            actor.get_reserved_resources.remote("bitray", recompute=True)
-
-    return look
 
 
 def _failure(job: Job, scaling: Scaling, error: TrainingFailedError) -> str:
@@ -147,11 +126,9 @@ def _trainer(job: Job, scaling: Scaling) -> TorchTrainer:
     }
     train_loop: Any = work  # Ray's annotation forgets that it may return something
     shape: Any = {
-        "num_workers": for_now(scaling),
+        "num_workers": scaling.num_workers,
         "placement_strategy": scaling.placement,
         "label_selector": scaling.worker_labels or None,
-        # Ray Train would stop the workers anywhere between two checkpoints; they go themselves
-        "elastic_resize_monitor_interval_s": 1e9,
     }
     return TorchTrainer(
         train_loop,

@@ -65,9 +65,9 @@ def stoppable(run_dir: str) -> Iterator[None]:
                 storage.remove(flag)
 
 
-def in_thread(call: Callable[[], T], meanwhile: Callable[[], None] | None = None) -> T:
+def in_thread(call: Callable[[], T]) -> T:
     """The result of `call`, run in a thread: Ray Train then leaves our signal handlers alone, and
-    the main thread hears signals while it waits, and does what there is to do `meanwhile`."""
+    the main thread hears signals while it waits."""
     answers: list[T] = []
     errors: list[BaseException] = []
 
@@ -81,8 +81,6 @@ def in_thread(call: Callable[[], T], meanwhile: Callable[[], None] | None = None
     thread.start()
     while thread.is_alive():
         thread.join(0.2)
-        if meanwhile:
-            meanwhile()
     if errors:
         raise errors[0]
     return answers[0]
