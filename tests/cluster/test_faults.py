@@ -67,12 +67,12 @@ def test_a_slow_worker_is_named(machines: Machines, words: Callable[..., Sequenc
     victim, over = machines.processes("RayTrainWorker")[0], threading.Event()
 
     def slow() -> None:
-        """Two thirds of the time it does not run."""
+        """Most of the time it does not run."""
         while not over.is_set():
             victim.suspend()
-            time.sleep(0.04)
+            time.sleep(0.1)
             victim.resume()
-            time.sleep(0.02)
+            time.sleep(0.01)
 
     thread = threading.Thread(target=slow)
     at = begun(found, 12)
