@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray import cloudpickle
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.placement_group import placement_group, remove_placement_group
@@ -101,6 +102,7 @@ def poisoned_worker(config: dict[str, str]) -> list[float]:
 @pytest.mark.usefixtures("ray_cluster")
 def test_all_workers_skip_a_step_that_one_cannot_take(tmp_path: Path) -> None:
     """What the first worker counts, of a step that only the last one could not take."""
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find this file
     trainer = TorchTrainer(
         poisoned_worker,  # type: ignore[arg-type]
         train_loop_config={"tests": str(Path(__file__).parents[1] / "training")},
