@@ -171,8 +171,12 @@ class MixturePlan:
         """The entry for a decision that takes effect at `first_row`; None changes nothing."""
         last = self.journal[-1]
         assert first_row >= last.first_row, "decisions come in order"
-        segment, _ = self._at(first_row)
-        offset = first_row - segment.first_row
+        cursors, remainders = last.cursors, last.remainders
+        if first_row > last.first_row:  # else nothing was drawn since, and nothing is forgiven
+            segment, _ = self._at(first_row)
+            offset = first_row - segment.first_row
+            cursors = tuple(segment.cursors(offset).tolist())
+            remainders = tuple(segment.remainders(offset).tolist())
         shares = last.weights
         if weights is not None:
             shares = quantise(weights, self.sources, *bounds)
@@ -181,8 +185,8 @@ class MixturePlan:
             step=step,
             first_row=first_row,
             weights=shares,
-            cursors=tuple(segment.cursors(offset).tolist()),
-            remainders=tuple(segment.remainders(offset).tolist()),
+            cursors=cursors,
+            remainders=remainders,
             notes=dict(notes or {}),
         )
 

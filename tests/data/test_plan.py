@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from naive_order import Order, Weighting
 
@@ -163,6 +163,7 @@ def walked(plan: MixturePlan, total: int) -> list[int]:
 
 
 @settings(max_examples=30, deadline=None)
+@example([(0, [1, 0, 1]), (2, [0, 0, 1]), (0, [1, 0, 1])], None)  # one draws nothing
 @given(
     st.lists(
         st.tuples(
