@@ -116,6 +116,7 @@ def held(run_dir: str) -> Iterator[Claim]:
         yield claim
     finally:
         over.set()
+        thread.join(2 * BEAT_S)  # a heartbeat on its way would undo the release
         with suppress(OSError, UserError), patient(BEAT_S):  # without storage it grows stale
             claim.release()
 

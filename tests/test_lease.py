@@ -126,3 +126,23 @@ def test_create_makes_a_file_once(run_dir: str) -> None:
     assert storage.create(uri, b"mine")
     assert not storage.create(uri, b"yours")
     assert storage.read_bytes(uri) == b"mine"
+
+
+def test_a_heartbeat_on_its_way_does_not_undo_the_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same process may go on at once, as it does after a stop."""
+    plain, begun = Claim.beat, threading.Event()
+
+    def slow(claim: Claim) -> None:
+        begun.set()
+        time.sleep(0.1)
+        plain(claim)
+
+    monkeypatch.setattr(lease, "BEAT_S", 0.2)
+    for _ in range(3):
+        with held(str(tmp_path)):
+            monkeypatch.setattr(Claim, "beat", slow)
+            begun.clear()
+            assert begun.wait(10)
+        monkeypatch.setattr(Claim, "beat", plain)
