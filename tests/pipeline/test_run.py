@@ -474,7 +474,7 @@ def test_the_same_command_with_other_workers_goes_on(
     for size in (1, 2, 3, 4):
         config = configured(
             "elastic", f"scaling.num_workers={size}", "scaling.cpus_per_worker=0.25",
-            "stages.stage0.max_steps=120",
+            "stages.stage0.max_steps=120", "stages.stage0.optimizer.lr=1e-3",
         )  # fmt: skip
         elastic = Road(config)
         if size < 4:
@@ -489,7 +489,7 @@ def test_the_same_command_with_other_workers_goes_on(
     assert steps == list(range(1, 121))
     check_rows(elastic, "stage0")
     losses, _ = alone(elastic, "stage0")
-    np.testing.assert_allclose(elastic.metrics("stage0"), losses, rtol=1e-4)
+    np.testing.assert_allclose(elastic.metrics("stage0"), losses, rtol=1e-2)
     np.testing.assert_allclose(elastic.metrics("stage0")[:20], losses[:20], rtol=1e-5)
 
 
