@@ -88,6 +88,8 @@ def project_to_bounds(
         return np.clip(given - shift, min_weight, max_weight)
     middle = (bends[after - 1] + bends[after]) / 2
     free = (given - middle > min_weight) & (given - middle < max_weight)
+    if not free.any():  # all at a bound, whose sum is 1 but for its rounding
+        return np.clip(given - middle, min_weight, max_weight)
     fixed = np.clip(given - middle, min_weight, max_weight)[~free].sum()
     shift = (given[free].sum() + fixed - 1) / free.sum()
     return np.clip(given - shift, min_weight, max_weight)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bitray.data import project_to_bounds
@@ -31,6 +31,7 @@ def bounded(draw: st.DrawFn) -> tuple[np.ndarray, float, float]:
 
 
 @settings(deadline=None)
+@example((np.array([0.0] * 3 + [1.0] * 6), 0.0, 1 / 9))
 @given(bounded())
 def test_projection_is_that_of_a_bisection_and_keeps_its_bounds(
     case: tuple[np.ndarray, float, float],
