@@ -1,6 +1,6 @@
 """One writer per run: a lease in the run's folder, with a heartbeat and a fencing epoch.
 
-    lease/000003.json  000003.beat
+    lease/000003.json  000003.beat  000003.released
 
 Every holder makes the file of the next epoch, which only one can (`storage.create`), so who holds
 the lease is the highest number, and a holder is overtaken for good once there is a higher one.
@@ -69,8 +69,9 @@ class Claim:
         storage.write_json(_beat(self.run_dir, self.epoch), {"time": time.time()})
 
     def release(self) -> None:
-        """Say that the holder has ended in good order."""
-        storage.write_json(_beat(self.run_dir, self.epoch), {"time": time.time(), "released": True})
+        """Say that the holder has ended in good order; in a file of its own, which no heartbeat
+        that is still on its way can undo."""
+        storage.write_json(_released(self.run_dir, self.epoch), {"time": time.time()})
 
 
 def newest_epoch(run_dir: str) -> int:
@@ -116,7 +117,6 @@ def held(run_dir: str) -> Iterator[Claim]:
         yield claim
     finally:
         over.set()
-        thread.join(2 * BEAT_S)  # a heartbeat on its way would undo the release
         with suppress(OSError, UserError), patient(BEAT_S):  # without storage it grows stale
             claim.release()
 
@@ -132,14 +132,20 @@ def _beat(run_dir: str, epoch: int) -> str:
     return storage.join(run_dir, FOLDER, f"{epoch:06d}.beat")
 
 
+def _released(run_dir: str, epoch: int) -> str:
+    return storage.join(run_dir, FOLDER, f"{epoch:06d}.released")
+
+
 def _held(run_dir: str, epoch: int, now: float) -> str | None:
     """Who holds an epoch, in words; None if it is released, stale, or its process is no more."""
+    if storage.exists(_released(run_dir, epoch)):
+        return None
     holder = storage.read_json(_file(run_dir, epoch))
     heard, uri = holder, _beat(run_dir, epoch)
     if storage.exists(uri):
         heard = storage.read_json(uri)
     age = now - heard["time"]
-    if heard.get("released") or age > STALE_S or _dead(holder):
+    if age > STALE_S or _dead(holder):
         return None
     return f"{_who(holder)}, whose last heartbeat is {age:.0f} s old"
 

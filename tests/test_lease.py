@@ -110,15 +110,15 @@ def test_a_deleted_run_is_nobodys(tmp_path: Path) -> None:
 
 def test_the_heart_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "BEAT_S", 0.01)
-    beat = tmp_path / "lease" / "000001.beat"
+    beat, released = (tmp_path / "lease" / f"000001.{kind}" for kind in ("beat", "released"))
     with held(str(tmp_path)):
         first = json.loads(beat.read_text())["time"]
         end = time.monotonic() + 30
         while json.loads(beat.read_text())["time"] == first:
             assert time.monotonic() < end
             time.sleep(0.01)
-        assert "released" not in json.loads(beat.read_text())
-    assert json.loads(beat.read_text())["released"]
+        assert not released.exists()
+    assert released.exists()
 
 
 def test_create_makes_a_file_once(run_dir: str) -> None:
