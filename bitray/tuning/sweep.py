@@ -132,7 +132,8 @@ def common(config: Config, folder: str) -> str:
 def _search(tuner: tune.Tuner) -> None:
     """All trials; `KeyboardInterrupt` once Tune has put those away that ran at an interrupt."""
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would swallow the interrupt
-    stop = partial(signal.raise_signal, signal.SIGUSR1)  # which Tune always hears
+    signal.signal(signal.SIGUSR1, signal.default_int_handler)  # until Tune listens to it
+    stop = partial(signal.raise_signal, signal.SIGUSR1)
     with interruptible("stopping; the same command continues the sweep", stop) as asked:
         tuner.fit()
     if asked():
