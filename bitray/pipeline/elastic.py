@@ -26,12 +26,12 @@ class Elastic(ElasticScalingPolicy):
         """As many as can be placed; where that is too few, the fewest are waited for."""
         self._maybe_send_resource_request()  # an autoscaler is asked for the most
         said = self.scaling_config
-        labels = said.label_selector if isinstance(said.label_selector, dict) else {}
+        labels, strategy = said.label_selector or {}, said.placement_strategy
+        assert isinstance(labels, dict) and isinstance(strategy, str), "what `fit` gives"
         bundle = said._resources_per_worker_not_none
-        count = room(
-            bundle, said.min_workers, said.max_workers, str(said.placement_strategy), labels
+        return self._get_resize_decision(
+            room(bundle, said.min_workers, said.max_workers, strategy, labels)
         )
-        return self._get_resize_decision(count)
 
     def make_decision_for_running_worker_group(self, *_: Any, **__: Any) -> ScalingDecision:
         """Workers go by themselves, at a checkpoint, where there is room for more of them."""

@@ -22,21 +22,14 @@ from bitray.data.stream import DataEnded, TicketStream, worker_batches
 from bitray.data.weights import UNIT
 from bitray.lease import Claim
 from bitray.models.isolation import check_documents_isolated
-from bitray.models.loading import (
-    load_tokenizer,
-    model_files,
-)
+from bitray.models.loading import load_tokenizer, model_files
 from bitray.models.losses import LossModel
 from bitray.pipeline.cluster import room_for_another
 from bitray.pipeline.config import Config
 from bitray.pipeline.console import Say, speaking
 from bitray.pipeline.evaluations import HeldOut, batches_of
 from bitray.pipeline.faults import OUT_OF_MEMORY, Hung, account, is_out_of_memory
-from bitray.pipeline.folders import (
-    StageFolder,
-    resume_point,
-    teacher_of,
-)
+from bitray.pipeline.folders import StageFolder, resume_point, teacher_of
 from bitray.pipeline.groups import RowKind, Scaling
 from bitray.pipeline.remix import few_updates, remixing
 from bitray.pipeline.remote_teacher import RemoteTeacher, pool, served

@@ -3,24 +3,17 @@
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import HEAD, WORKER
+from conftest import WORKER
 from machines import Machines, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 STEPS = 120
 FIXED = ("training.influence.enabled=false", f"training.max_steps={STEPS}")
-
-
-@pytest.fixture(scope="module")
-def machines() -> Iterator[Machines]:
-    found = Machines(HEAD, WORKER, WORKER)
-    yield found
-    found.close()
 
 
 def drain(machines: Machines, node: int, seconds: int) -> None:
