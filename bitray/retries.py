@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_before_delay
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay
 from tenacity.wait import wait_random_exponential
 
 from bitray.settings import UserError
 
-LONGEST_WAIT_S = 20.0
+_growing = wait_random_exponential(multiplier=0.2, max=20.0)
 _FORBIDDEN = re.compile(
     r"ACCESS_?DENIED|FORBIDDEN|UNAUTHORIZED|UNAUTHENTICATED|PERMISSION_DENIED|CREDENTIAL|SIGNATURE"
     r"|EXPIRED|INVALID_(ACCESS_KEY|CLIENT_TOKEN)|UNRECOGNIZED_CLIENT|HTTP (status|code) 40[13]",
@@ -58,7 +58,7 @@ def retried(uri: str, call: Callable[[], T]) -> T:
     Raises `StorageGone` after the patience has run out, `UserError` where access is denied, and
     any other error that does not pass as it is.
     """
-    began, thread = time.monotonic(), threading.get_ident()
+    began, thread, patience = time.monotonic(), threading.get_ident(), _patience
 
     def note(state: RetryCallState) -> None:
         assert state.outcome is not None
@@ -67,10 +67,13 @@ def retried(uri: str, call: Callable[[], T]) -> T:
             warnings.warn(f"{uri}: {reason}; trying again", stacklevel=4)
         _failing[thread] = reason
 
+    def wait(state: RetryCallState) -> float:  # the last try is made when patience ends
+        return min(_growing(state), max(patience - (state.seconds_since_start or 0.0), 0.0))
+
     attempts = Retrying(
         retry=retry_if_exception(may_pass),
-        stop=stop_before_delay(_patience),
-        wait=wait_random_exponential(multiplier=0.2, max=LONGEST_WAIT_S),
+        stop=stop_after_delay(patience),
+        wait=wait,
         before_sleep=note,
         reraise=True,
     )
