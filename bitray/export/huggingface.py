@@ -52,7 +52,7 @@ def write_huggingface(
     if mode not in MODES:
         raise UserError(f"mode={mode}: choose one of {', '.join(MODES)}{nearest(mode, MODES)}")
     card = card if isinstance(card, ModelCard) else ModelCard(**(card or {}))
-    form = _form(model)
+    form = form_of(model)
     tensors = dict(_tensors(model, form, mode))
     with published_folder(os.fspath(directory), marker="config.json") as folder:
         config = _config(model, form, mode)
@@ -82,11 +82,12 @@ def write_huggingface(
 Form = Literal["bitnet", "plain", "norm_inside", "norm_everywhere"]
 
 
-def _form(model: PreTrainedModel) -> Form:
+def form_of(model: PreTrainedModel) -> Form:
     """Which of the shapes that transformers knows holds the model.
 
     `bitnet`: BitNetForCausalLM. The others are the model's own class: `plain` without SubLN, with
-    an RMSNorm in every quantised layer (transformers has it in all or in none) otherwise.
+    an RMSNorm in every quantised layer (transformers has it in all or in none) otherwise. Raises
+    UserError where none does.
     """
     if experts_of(model.config):
         raise UserError(

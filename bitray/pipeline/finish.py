@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bitray import storage
+from transformers import PreTrainedModel
+
+from bitray import checkpoint, storage
 from bitray.export import write_gguf, write_huggingface
 from bitray.inference import Sampling, generate
 from bitray.models.convert import is_bitnet
 from bitray.models.loading import load_model, load_tokenizer
+from bitray.nn import set_strength
 from bitray.pipeline.config import Config
 from bitray.pipeline.cost import ESTIMATE, Expected, comparison, load
 from bitray.pipeline.evaluations import CONVERTED, ORIGINAL, read_evaluations
@@ -47,9 +50,10 @@ def finish(config: Config, fingerprint: str) -> Result:
     result = Result(config.run_dir, read_evaluations(config.run_dir))
     last = list(config.stages)[-1]
     final = StageFolder(config.run_dir, last).final
-    model, tokenizer = load_model(final), load_tokenizer(final)
+    model, tokenizer = as_trained(final), load_tokenizer(final)
     if is_bitnet(model):
         result.files = _export(config, fingerprint, model, tokenizer, result.losses)
+    set_strength(model, 1.0)
     sampling = Sampling(max_new_tokens=config.report.max_new_tokens)
     pairs = [(p, generate(model, tokenizer, p, sampling)) for p in config.report.prompts]
     tables = {"Held-out loss (nats per token, strength 1)": losses_table(config, result.losses)}
@@ -68,6 +72,14 @@ def finish(config: Config, fingerprint: str) -> Result:
     if result.files:
         result.lines.append(f"export  {storage.join(config.run_dir, 'export')}")
     return result
+
+
+def as_trained(where: str) -> PreTrainedModel:
+    """A model at the strength that its checkpoint was trained with, as an export has to see it."""
+    model = load_model(where)
+    if checkpoint.is_complete(where):
+        set_strength(model, checkpoint.load_state(where)["position"]["strength"])
+    return model
 
 
 def _export(
@@ -112,6 +124,7 @@ def model_card(
         "name": config.model.name,
         "base_model": config.model.path,
         "fingerprint": fingerprint,
+        "recipe": recipe(config),
         "stages": {
             name: f"{s.total_steps} steps of {s.rows_per_step} x {s.max_seq_length} tokens"
             for name, s in config.stages.items()
@@ -122,6 +135,21 @@ def model_card(
         },
         "losses": losses.get(list(config.stages)[-1], {}),
     }
+
+
+def recipe(config: Config) -> dict[str, str]:
+    """What the stages train by, at their last step, and what they are measured against."""
+    told = {"SubLN": f"{config.model.quantization.subln}, {config.model.quantization.subln_init}"}
+    if any(stage.total_steps and stage.needs_teacher for stage in config.stages.values()):
+        teacher = config.model.teacher
+        told["teacher"] = f"{getattr(teacher, 'path', None) or config.model.name} ({teacher.type})"
+    for name, stage in config.stages.items():
+        if stage.total_steps:
+            weights = stage.weights(stage.total_steps - 1).items()
+            objectives = " + ".join(f"{weight:g} {each}" for each, weight in weights)
+            optimizer = stage.optimizer
+            told[name] = f"{objectives}; {optimizer.type} at {optimizer.lr:g}"
+    return told
 
 
 # ----------------------------------------------------------------------------------------- tables

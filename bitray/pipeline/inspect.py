@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bitray import checkpoint, storage
+from bitray import storage
 from bitray.data import DataSettings
 from bitray.data.manifest import read_manifest
 from bitray.data.prepare import prepare, prepared_identity
@@ -24,10 +24,9 @@ from bitray.inference.engines import CheckpointEngine, Engine, GGUFEngine
 from bitray.models.batch import IGNORED
 from bitray.models.loading import load_model, load_tokenizer
 from bitray.models.losses import LossModel
-from bitray.nn import set_strength
 from bitray.pipeline.config import Config
 from bitray.pipeline.evaluations import batches_of, read_evaluations
-from bitray.pipeline.finish import model_card
+from bitray.pipeline.finish import as_trained, model_card
 from bitray.pipeline.folders import config_of, resolve_checkpoint, run_of
 from bitray.pipeline.material import Material, tokenizer_of
 from bitray.pipeline.report import Table
@@ -171,12 +170,8 @@ def engine_of(arguments: Serving) -> tuple[Engine, str]:
 def export_checkpoint(arguments: Export) -> Any:
     """The export's own report."""
     where = resolve_checkpoint(arguments.checkpoint)
-    if checkpoint.is_complete(where):
-        strength = checkpoint.load_state(where)["position"]["strength"]
-    else:
-        strength = 1.0
-    model, tokenizer = loaded(where)
-    set_strength(model, strength)  # the export refuses what is not wholly ternary yet
+    model, tokenizer = as_trained(where), load_tokenizer(where)
+    check_vocabulary(tokenizer, model.config.vocab_size)
     if arguments.format == "gguf":
         return write_gguf(model, tokenizer, arguments.output, arguments.type)
     return write_huggingface(model, tokenizer, arguments.output, _card(where))

@@ -13,7 +13,9 @@ from bitray import checkpoint
 from bitray.data.job import inputs_of
 from bitray.data.tokenizer import check_vocabulary, tokenizer_identity
 from bitray.export import can_export
-from bitray.models.convert import to_bitnet
+from bitray.export.huggingface import form_of
+from bitray.export.tokenizer import tokenizer_fields
+from bitray.models.convert import is_bitnet, to_bitnet
 from bitray.models.families import attention_projections, decoder_layers
 from bitray.models.loading import (
     build_model,
@@ -115,21 +117,64 @@ def check_model(config: Config, model: PreTrainedModel, tokenizer: str | None) -
     _check_starts(config)
     most = model.config.max_position_embeddings
     found = [text for name in config.stages for text in config.too_long(name, most)]
-    if tokenizer is not None:
-        mine = load_tokenizer(tokenizer)
+    mine = None if tokenizer is None else load_tokenizer(tokenizer)
+    if mine is not None:
         check_vocabulary(mine, model.config.vocab_size)
         _check_teacher(config, mine)
         if any(stage.needs_mask_token for stage in config.stages.values()):
             set_mask_token(mine, config.model.mask_token)
+    begins = 1.0 if is_bitnet(model) else 0.0
     converted = to_bitnet(model, config.model.quantization.subln)
     found += [text for name in config.stages for text in _misfits(config, name, converted)]
-    reasons: dict[str, list[str]] = {}
-    for kind in config.export.gguf:
-        if reason := can_export(converted, kind):
-            reasons.setdefault(reason, []).append(kind)
-    found += [f"export.gguf: {', '.join(kinds)}: {why}" for why, kinds in reasons.items()]
+    found += _not_exported(config, converted, mine, begins)
     if found:
         raise UserError(listed(found))
+
+
+def _not_exported(
+    config: Config,
+    converted: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    strength: float,
+) -> list[str]:
+    """Why what the stages make of a model that begins at `strength` could not be written as what
+    was asked for; a tokenizer of ours always can."""
+    wanted, last = config.export, list(config.stages)[-1]
+    if config.stages[last].dense or not (wanted.gguf or wanted.huggingface):
+        return []
+    reasons: dict[str, list[str]] = {}
+    for kind in wanted.gguf:
+        if reason := can_export(converted, kind):
+            reasons.setdefault(reason, []).append(kind)
+    found = [f"export.gguf: {', '.join(kinds)}: {why}" for why, kinds in reasons.items()]
+    try:
+        if wanted.gguf and tokenizer is not None:
+            tokenizer_fields(tokenizer, converted.config.vocab_size)
+        if wanted.huggingface:
+            form_of(converted)
+    except UserError as error:
+        found.append(str(error))
+    strength = _last_strength(config, strength)
+    if strength < 1 and not _starts_elsewhere(config):
+        found.append(
+            f"export: stage {last} ends at quantisation strength {strength:.3g}, and only a model "
+            "at 1 has ternary weights; let its lambda_warmup end before the stage does, or add a "
+            "stage that trains at 1"
+        )
+    return found
+
+
+def _starts_elsewhere(config: Config) -> bool:
+    """Whether a stage begins with a checkpoint whose strength is not known here."""
+    return any(s.start_from or named_checkpoint(config, n) for n, s in config.stages.items())
+
+
+def _last_strength(config: Config, strength: float) -> float:
+    """Strength at the last step of the stages of a model that begins at `strength`."""
+    for stage in config.stages.values():
+        if stage.total_steps and not stage.dense:
+            strength = stage.strength(stage.total_steps - 1, strength)
+    return strength
 
 
 def _misfits(config: Config, name: str, converted: PreTrainedModel) -> list[str]:

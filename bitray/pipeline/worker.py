@@ -163,8 +163,8 @@ class Stage:
         loop.problem_with = lambda batches: watch.problem or asked(batches)
         try:
             self.train(loop)
-            if not loop.stopped:
-                self.finish(loop)
+            if loop.at_end:
+                self.finish(loop)  # also where somebody asked to stop in the last step
             self.checkpoints.wait()
         except FloatingPointError as error:
             self.checkpoints.once_more(loop, error)

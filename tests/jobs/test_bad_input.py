@@ -5,11 +5,19 @@ All jobs run with their arguments as on a command line, beside the folder of a r
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from command_line import SMALL_MODEL, SMALL_STAGES, Command, tree
 from hub_server import Hub
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+from bitray.nn import bit_linears
+from bitray.pipeline.finish import as_trained
+from bitray.pipeline.folders import resolve_checkpoint
 
 pytestmark = pytest.mark.usefixtures("kept")
 
@@ -340,6 +348,33 @@ def test_an_export_that_cannot_be_is_refused_before_training(
         assert "no architecture for qwen2 with SubLN" in told and "subln='none'" in told
 
 
+def test_an_export_of_a_model_that_will_not_be_ternary(command: Command, models: Path) -> None:
+    words = ["model=smollm2_135m", f"model.path={models / 'dense'}", "training.max_seq_length=64"]
+    words += ["export.huggingface=true", "training.max_steps=4", "--dry-run"]
+    late = [*words, "training=stage1_9_layerwise", "training.lambda_warmup.warmup_steps=4"]
+    told = command("pretrain", *late).sentence()
+    assert told.startswith("export: stage stage1_9 ends at quantisation strength 0.75, and only")
+    rounded = command("pretrain", *words, "training=stage1_subln").sentence()
+    assert rounded.startswith("export: stage stage1 ends at quantisation strength 0, and only")
+    in_time = [*words, "training=stage1_9_layerwise", "training.lambda_warmup.warmup_steps=3"]
+    assert command("pretrain", *in_time).code == 0
+
+
+def test_an_export_whose_tokenizer_no_engine_knows(
+    command: Command, models: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(models / "dense", tmp_path / "words")
+    vocabulary = {"<unk>": 0, "a": 1, "b": 2}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="b").save_pretrained(
+        tmp_path / "words"
+    )
+    said = ["model=smollm2_135m", f"model.path={tmp_path / 'words'}", "pipeline=standard"]
+    said += ["training.max_seq_length=64", "model.quantization.subln=none", "--dry-run"]
+    assert "tokenizer: " in command("pretrain", *said, "export.gguf=[f32]").sentence()
+    assert command("pretrain", *said, "export.huggingface=true").code == 0
+
+
 def test_a_checkpoint_to_start_from_that_is_not_there(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -398,6 +433,8 @@ def test_a_model_that_is_not_wholly_ternary_yet_is_not_exported(
     told = command("export", dense, "format=gguf", "output=x.gguf").sentence()
     assert "the model has no ternary layer" in told
     assert sorted(tree(here)) == sorted(["runs", *(f"runs/{n}" for n in tree(here / "runs"))])
+    layers = bit_linears(as_trained(resolve_checkpoint(f"{run_dir}/stage1_9_checkpoint")))
+    assert {round(float(layer.strength), 6) for layer in layers} == {0.4}, "as a run exports it"
 
 
 def test_a_prompt_that_is_too_long(command: Command, models: Path) -> None:
