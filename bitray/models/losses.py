@@ -85,25 +85,24 @@ class LossModel(nn.Module):
         i predicts `labels[:, i+1]`; positions without a label never reach the head. A batch without
         any label runs like any other, so that collectives match: its loss and gradients are zeros.
         """
+        metrics: Metrics = defaultdict(lambda: torch.zeros((), device=batch.input_ids.device))
         layers = decoder_layers(self.model) if layer_terms else ()
+        compare, compared = self._layer_losses(batch, layer_terms, teacher, metrics)
         watched = attention_projections(self.model, attention.objective.layer) if attention else ()
         routers: Iterable[nn.Module] = self._routers() if router_terms else ()
         with (
-            capturing(layers) as outputs,
+            telling(layers, compare),
             capturing(watched) as projected,
             capturing(routers) as routings,
         ):
             hidden = last_hidden(self.model, batch)
-        metrics: Metrics = defaultdict(lambda: hidden.new_zeros((), dtype=torch.float32))
         if sources:
             metrics["by_source"] = hidden.new_zeros((2, sources), dtype=torch.float64)
         causal = [term for term in head_terms if not term.objective.on_masked]
         loss = self._head_loss(hidden, batch, causal, teacher, metrics)
         if masked := [term for term in head_terms if term.objective.on_masked]:
             loss = loss + self._head_loss(hidden, batch, masked, teacher, metrics)
-        if layer_terms:
-            assert isinstance(teacher, TeacherOutput), "layer terms need a teacher"
-            loss = loss + self._layer_loss(outputs, batch, layer_terms, teacher, metrics)
+        loss = sum(compared, loss)
         if attention is not None:
             assert isinstance(teacher, TeacherOutput), "attention terms need a teacher"
             loss = loss + self._attention_loss(projected, batch, attention, teacher, metrics)
@@ -146,32 +145,35 @@ class LossModel(nn.Module):
         # Without terms this still ties head and final norm to the loss: gradients 0, not None.
         return differentiated(chunks, _at(hidden, learnt), head)
 
-    def _layer_loss(
+    def _layer_losses(
         self,
-        outputs: list[Tensor],
         batch: Batch,
         terms: Sequence[Term],
-        teacher: TeacherOutput,
+        teacher: TeacherOutput | TopK | None,
         metrics: Metrics,
-    ) -> Tensor:
-        """All layer objectives, last layer first; frees each layer of the teacher once used."""
+    ) -> tuple[Callable[[int, Tensor], None], list[Tensor]]:
+        """What to do with the output of each layer as it comes, and where its losses gather. Each
+        frees the teacher's own, so that both models' states are never all alive."""
+        losses: list[Tensor] = []
+        if not terms:
+            return lambda *_: None, losses
+        assert isinstance(teacher, TeacherOutput), "layer terms need a teacher"
         assert teacher.layers is not None, "layer terms need a teacher's layers"
-        num_layers, targets = len(outputs), teacher.layers
+        num_layers, targets, head = len(decoder_layers(self.model)), teacher.layers, teacher.head
         if num_layers != len(targets):
             raise UserError(
                 f"the student has {num_layers} decoder layers, the teacher {len(targets)}; "
                 "layer-wise distillation needs the same number"
             )
-        loss = outputs[0].new_zeros((), dtype=torch.float32)
-        real, chunk_tokens = _places(batch.real.flatten()), self._chunk(outputs[0])
+        real = _places(batch.real.flatten())
         origin = batch.origin(real)
-        for index in reversed(range(num_layers)):
-            states, target = _at(outputs.pop(), real), _at(targets.pop(), origin)
-            chunks = _LayerChunks(
-                index, num_layers, target, teacher.head, terms, metrics, chunk_tokens
-            )
-            loss = loss + differentiated(chunks, states)
-        return loss
+
+        def compare(index: int, states: Tensor) -> None:
+            places = list(zip(*(p.split(self._chunk(states)) for p in (real, origin)), strict=True))
+            chunks = _LayerChunks(index, num_layers, targets.pop(0), head, places, terms, metrics)
+            losses.append(differentiated(chunks, states))
+
+        return compare, losses
 
     def _attention_loss(
         self,
@@ -216,18 +218,28 @@ def run_teacher(
 
 
 @contextmanager
-def capturing(modules: Iterable[nn.Module]) -> Iterator[list[Any]]:
-    """The outputs of `modules`, in the order in which they finish.
+def telling(modules: Iterable[nn.Module], tell: Callable[[int, Any], None]) -> Iterator[None]:
+    """`tell(number, output)` whenever one of `modules` finishes.
 
     The hooks are gone before the backward, where activation checkpointing runs forwards again.
     """
-    outputs: list[Any] = []
-    handles = [m.register_forward_hook(lambda _m, _a, out: outputs.append(out)) for m in modules]
+    handles = [
+        module.register_forward_hook(lambda _m, _a, output, at=at: tell(at, output))
+        for at, module in enumerate(modules)
+    ]
     try:
-        yield outputs
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def capturing(modules: Iterable[nn.Module]) -> Iterator[list[Any]]:
+    """The outputs of `modules`, in the order in which they finish."""
+    outputs: list[Any] = []
+    with telling(modules, lambda _, output: outputs.append(output)):
+        yield outputs
 
 
 # --------------------------------------------------------------- losses differentiated on the spot
@@ -382,22 +394,23 @@ class _LayerChunks:
 
     index: int
     num_layers: int
-    target: Float[Tensor, "n hidden"]
+    target: Float[Tensor, "batch length hidden"]
     head: Float[Tensor, "vocab hidden"]
+    places: Sequence[tuple[Tensor, Tensor]]
+    """Of each chunk: where its tokens are in the student's states and in the teacher's."""
     terms: Sequence[Term]
     metrics: Metrics
-    chunk_tokens: int
 
     def __call__(self, states: Tensor, wanted: Sequence[bool]) -> Differentiated:
-        grad = torch.zeros_like(states) if wanted[0] else None
+        grad = states.new_zeros(states.shape) if wanted[0] else None
         loss = states.new_zeros((), dtype=torch.float32)
-        for rows in _slices(len(states), self.chunk_tokens):
-            part = states[rows].detach().requires_grad_(wanted[0])
+        for mine, theirs in self.places:
+            part = _at(states, mine).detach().requires_grad_(wanted[0])
             with torch.set_grad_enabled(wanted[0]):
-                value = self._chunk(part, self.target[rows])
+                value = self._chunk(part, _at(self.target, theirs))
             loss += value.detach()
             if grad is not None:
-                grad[rows] = torch.autograd.grad(value, part)[0]
+                grad.view(-1, grad.shape[-1])[mine] = torch.autograd.grad(value, part)[0]
         return loss, [grad]
 
     def _chunk(self, states: Tensor, target: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from tiny_models import make_model
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -337,12 +338,25 @@ def test_a_teacher_in_bf16_speaks_to_a_student_in_fp32(batch: Batch) -> None:
     torch.testing.assert_close(loss, model(batch, [KL], [HIDDEN], whole)[0], rtol=0.05, atol=0)
 
 
-def test_layers_of_the_teacher_are_freed_as_they_are_used(
-    teacher: PreTrainedModel, batch: Batch
-) -> None:
-    told = run_teacher(teacher, batch, layers=True)
-    LossModel(make_model())(batch, [], [HIDDEN], told)
-    assert told.layers == []
+def test_states_of_both_models_are_never_all_alive(batch: Batch) -> None:
+    """Counted when each layer of the student has finished, before its states are compared;
+    checkpointing keeps them for the backward, and the teacher's go as they come."""
+    depth, alive, mine = 5, list[int](), list[StorageWeakRef]()
+    told = run_teacher(make_model(seed=1, num_hidden_layers=depth), batch, layers=True)
+    assert told.layers is not None
+    theirs = [StorageWeakRef(states.untyped_storage()) for states in told.layers]
+
+    def count(_module: Any, _inputs: Any, states: Tensor) -> None:
+        mine.append(StorageWeakRef(states.untyped_storage()))
+        alive.append(sum(not each.expired() for each in (*mine, *theirs)))
+
+    model = make_model(num_hidden_layers=depth)
+    _wrap_layers(model)
+    for layer in decoder_layers(model):
+        layer.register_forward_hook(count)
+    loss, _ = LossModel(model)(batch, [], [HIDDEN], told)
+    assert alive == [depth + 1] * depth
+    assert loss > 0 and told.layers == []
 
 
 def test_a_teacher_that_does_not_fit_is_refused(batch: Batch) -> None:
