@@ -63,8 +63,10 @@ def _mesh(device: torch.device, hybrid: bool) -> DeviceMesh:
 
 def _compile(layers: nn.ModuleList, settings: TrainingSettings) -> None:
     options, attention = settings.torch_compile, settings.objectives.attention_distill
-    # A compiled forward would not call the hooks on the projections of the layer that is distilled.
-    hooked = layers[attention.layer] if attention is not None and attention.weight > 0 else None
+    hooked = None
+    if attention is not None and "attention_distill" in settings.learnt:
+        # Compiled, it would not call the hooks on the projections whose relations are distilled.
+        hooked = layers[attention.layer]
     for layer in (each for each in layers if each is not hooked):
         # The forward, not the module: names in state dicts and hooks stay as they are.
         layer.forward = torch.compile(layer.forward, mode=options.mode, fullgraph=options.fullgraph)

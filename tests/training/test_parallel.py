@@ -15,6 +15,7 @@ from bitray.data.tickets import EMPTY, Deal
 from bitray.inference.evaluation import evaluate
 from bitray.models.batch import Batch
 from bitray.models.convert import to_bitnet
+from bitray.models.families import decoder_layers
 from bitray.models.loading import build_model
 from bitray.models.losses import LossModel
 from bitray.nn import bit_linears
@@ -32,6 +33,10 @@ CONFIG = {
 CPU = torch.device("cpu")
 ROWS_PER_STEP = 12
 DENSE, BLENDED, TERNARY = "dense", "blended", "ternary"
+OBJECTIVES = {
+    "continue_pretrain": {"weight": 0.5}, "logits_distill": {"weight": 0.5},
+    "hidden_distill": {"weight": 1.0}, "attention_distill": {"weight": 1.0},
+}  # fmt: skip
 
 
 class Kept:
@@ -74,12 +79,8 @@ def settings(kind: str = BLENDED, micro_batches: int = 3, **changes: Any) -> Tra
         # A small rate: rounding is discontinuous, so a last bit may become a code that flips.
         "optimizer": {"type": "adamw", "lr": 3e-3 if kind == DENSE else 3e-5},
         "lambda_warmup": {"warmup_steps": 0 if kind == TERNARY else 16},
+        "objectives": {} if kind == DENSE else OBJECTIVES,
     } | changes  # fmt: skip
-    if kind != DENSE:
-        values["objectives"] = {
-            "continue_pretrain": {"weight": 0.5}, "logits_distill": {"weight": 0.5},
-            "hidden_distill": {"weight": 1.0}, "attention_distill": {"weight": 1.0},
-        }  # fmt: skip
     return TrainingSettings.model_validate(values)
 
 
@@ -333,8 +334,23 @@ def test_one_worker_continues_what_two_began(one: Any, folder: Path) -> None:
     np.testing.assert_allclose(rest["losses"], one["short"]["losses"][3:], rtol=1e-5)
 
 
+LATER: dict[str, Any] = {
+    "objectives": {**OBJECTIVES, "attention_distill": {"weight": 0}},
+    "curriculum": {"phases": [{"until": 0.5}, {"until": 1, "weights": {"attention_distill": 1}}]},
+}
+
+
+def test_a_layer_whose_attention_is_ever_distilled_is_not_compiled() -> None:
+    """Its projections have hooks, which a compiled forward does not run."""
+    given = settings(torch_compile={"enabled": True}, **LATER)
+    run, _ = loop(BLENDED, given)
+    compiled = ["forward" in vars(layer) for layer in decoder_layers(run.model.model)]
+    assert compiled == [True, False]
+
+
 def _compiled(_: int) -> None:
-    changes = SHORT | {"max_steps": 4, "lambda_warmup": {"warmup_steps": 2}}
+    """Attention is distilled in the second half only."""
+    changes = SHORT | {"max_steps": 4, "lambda_warmup": {"warmup_steps": 2}, **LATER}
     compiled = trained(BLENDED, settings(torch_compile={"enabled": True}, **changes))
     plain = trained(BLENDED, settings(**changes))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
