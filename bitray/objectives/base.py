@@ -33,8 +33,6 @@ class Objective(Settings):
     of one layer's query, key and value projections. `router`: looks at where experts' routers send
     tokens."""
     needs_teacher: ClassVar[bool] = False
-    takes_top_k: ClassVar[bool] = False
-    """Whether a teacher's likeliest tokens are enough, which is all that a remote one sends."""
     on_masked: ClassVar[bool] = False
     """Whether it looks at the tokens that a view masks, and not at the rows as they are."""
     view_of: ClassVar[str | None] = None

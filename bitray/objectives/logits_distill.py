@@ -24,11 +24,11 @@ def kl_divergence(target: Float[Tensor, "n k"], logp: Float[Tensor, "n k"]) -> F
 class LogitsDistill(HeadObjective):
     """`T^2 * KL(softmax(z_t / T) || softmax(z_s / T))` per token, in nats.
 
-    The factor keeps the gradient's size about independent of T.
+    The factor keeps the gradient's size about independent of T. Of a teacher its likeliest tokens
+    are enough, which is all that a remote one sends.
     """
 
     needs_teacher = True
-    takes_top_k = True
 
     weight: Weight = 1.0
     temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False)
@@ -47,7 +47,8 @@ class LogitsDistill(HeadObjective):
         with torch.no_grad():
             target, ids = self._target(teacher_logits)
         if ids is not None:
-            logp = with_rest(logp, ids)
+            # no rest of a teacher that tells its whole vocabulary, if the student's is larger
+            logp = with_rest(logp, ids)[:, : target.shape[-1]]
         divergence = kl_divergence(target, logp) * (labels != IGNORED)
         return self.temperature**2 * divergence.sum(), {}
 

@@ -300,23 +300,28 @@ def _teacher_problems(name: str, stage: StageSettings, teacher: Teachers) -> lis
         return []
     where, found = f"stages.{name}.objectives", []
     for each, objective in stage.learnt.items():
-        if objective.needs_teacher and not objective.takes_top_k:
+        if objective.needs_teacher and each not in stage.likeliest:
             found.append(
                 f"{where}.{each}: compares more than the likeliest tokens, which are all that a "
                 f"remote teacher (model.teacher.type={teacher.type}) sends; take in_process, "
                 "offload or four_bit"
             )
-    distill = stage.objectives.logits_distill
-    if distill is None or not distill.weight:
-        return found
-    if isinstance(teacher, Server) and distill.temperature != 1:
+    for each, distill in stage.likeliest.items():
+        if isinstance(teacher, Server) and distill.temperature != 1:
+            found.append(
+                f"{where}.{each}.temperature: {distill.temperature:g}, but a server tells "
+                "log-probabilities at temperature 1 only; set 1, or take model.teacher.type=actors"
+            )
+        if (distill.top_k or 0) > teacher.top_k:
+            found.append(
+                f"{where}.{each}.top_k: {distill.top_k} is more than the {teacher.top_k} "
+                "tokens that the teacher sends (model.teacher.top_k)"
+            )
+    heats = {each: f"{distill.temperature:g}" for each, distill in stage.likeliest.items()}
+    if isinstance(teacher, Actors) and len(set(heats.values())) > 1:
         found.append(
-            f"{where}.logits_distill.temperature: {distill.temperature:g}, but a server tells "
-            "log-probabilities at temperature 1 only; set 1, or take model.teacher.type=actors"
-        )
-    if (distill.top_k or 0) > teacher.top_k:
-        found.append(
-            f"{where}.logits_distill.top_k: {distill.top_k} is more than the {teacher.top_k} "
-            "tokens that the teacher sends (model.teacher.top_k)"
+            f"{where}: {' and '.join(heats)} have temperatures {' and '.join(heats.values())}, but "
+            "actors are asked at one (model.teacher.type=actors); give both the same, or take "
+            "in_process, offload or four_bit"
         )
     return found

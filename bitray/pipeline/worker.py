@@ -335,9 +335,7 @@ class Stage:
             return served(wanted, mine, vocabulary, self.device)
         path = teacher_of(self.config)
         if isinstance(wanted, Actors):
-            distill = self.settings.objectives.logits_distill
-            assert distill is not None, "nothing else is compared with a remote teacher"
-            return pool(wanted, path, distill.temperature, self.device)
+            return pool(wanted, path, self.settings.asked_at, self.device)
         return open_teacher(wanted, path, self.device, self.autocast)
 
     # ----------------------------------------------------------------------------- side work

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from bitray.nn import LowRank
-from bitray.objectives import Objective, Objectives, combined_weights
+from bitray.objectives import LogitsDistill, Objective, Objectives, combined_weights
 from bitray.optim import AdamW, Optimizer, ZClip
 from bitray.schedules import (
     ActivationSparsity,
@@ -227,6 +227,18 @@ class TrainingSettings(Settings):
     def needs_teacher(self) -> bool:
         """Whether any objective that ever counts compares the student with a teacher."""
         return any(objective.needs_teacher for objective in self.learnt.values())
+
+    @property
+    def likeliest(self) -> dict[str, LogitsDistill]:
+        """Those of them for which a teacher's likeliest tokens are enough."""
+        every = self.learnt.items()
+        return {name: each for name, each in every if isinstance(each, LogitsDistill)}
+
+    @property
+    def asked_at(self) -> float:
+        """The temperature that a remote teacher is asked at: all of those have the same one."""
+        (temperature,) = {each.temperature for each in self.likeliest.values()}
+        return temperature
 
     @property
     def needs_mask_token(self) -> bool:

@@ -192,9 +192,9 @@ def _some_steps(trial: Trial, batch_size: int, device: torch.device) -> float:
 
 def _teacher(trial: Trial, device: torch.device, autocast: torch.autocast) -> Teacher:
     """The teacher as it would lie here, or what would come of one that is far away."""
-    kind, distill = trial.teacher, trial.settings.objectives.logits_distill
+    kind = trial.teacher
     if isinstance(kind, Actors | Server):
-        heat = distill.temperature if distill else 1.0
+        heat = trial.settings.asked_at
 
         def answer(batch: Batch, layers: bool, attention: int | None = None) -> TopK:
             rows, length = batch.input_ids.shape

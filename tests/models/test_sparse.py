@@ -5,9 +5,10 @@ import pytest
 import torch
 from tiny_models import make_model
 from torch import Tensor
+from torch.nn import functional as F
 
 from bitray.models.batch import Batch
-from bitray.models.losses import LossModel, Term, run_teacher
+from bitray.models.losses import NEVER, LossModel, Term, run_teacher
 from bitray.models.sparse import TopK
 from bitray.objectives import LogitsDistill
 
@@ -43,6 +44,14 @@ def test_the_whole_vocabulary_is_the_dense_loss(temperature: float) -> None:
     objective = LogitsDistill(temperature=temperature)
     got = loss(objective, student, told(teacher, 23, temperature))
     torch.testing.assert_close(got, loss(objective, student, teacher), rtol=1e-5, atol=1e-5)
+
+
+def test_a_student_that_knows_one_token_more_than_the_whole_vocabulary_of_its_teacher() -> None:
+    """The mask token, which the teacher gives no chance."""
+    student, teacher = case()
+    wider = F.pad(teacher[:, :-1], (0, 1), value=NEVER)
+    got = loss(LogitsDistill(), student, told(teacher[:, :-1], 22, 2.0))
+    torch.testing.assert_close(got, loss(LogitsDistill(), student, wider), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("sent", "compared"), [(1, None), (5, None), (22, None), (9, 4)])

@@ -132,6 +132,16 @@ def test_coefficients_of_bitdistill(
     assert again.logits_distill is not None and again.logits_distill.weight == 9.0
 
 
+def test_a_remote_teacher_is_asked_at_the_temperature_of_whoever_compares_with_it() -> None:
+    words = ["training=dlm_distill", "model.teacher.type=actors", "model.teacher.top_k=100"]
+    stage = Config.load(overrides=words).stages["dlm_distill"]
+    assert stage.asked_at == 5.0 and list(stage.likeliest) == ["tcs_distill"]
+    raised = "training.curriculum.phases=[{until: 1, weights: {logits_distill: 1}}]"
+    both = "training.objectives.logits_distill={weight: 0, temperature: 5}"
+    stage = Config.load(overrides=[*words, raised, both]).stages["dlm_distill"]
+    assert stage.asked_at == 5.0 and list(stage.likeliest) == ["logits_distill", "tcs_distill"]
+
+
 def test_tokens_become_steps() -> None:
     words = ["training=stage2_pretrain", "training.total_tokens=1_000_000"]
     stage = Config.load(overrides=words).stages["stage2"]
@@ -190,6 +200,19 @@ def test_tokens_become_steps() -> None:
           "stages.stage1_9.objectives.hidden_distill.weight=0",
           "stages.stage2.objectives.logits_distill.top_k=9"],
          r"stages\.stage2\.objectives\.logits_distill\.top_k: 9 is more than the 8 tokens"),
+        (["training=dlm_distill", "model.teacher.type=actors"],
+         r"dlm_distill\.objectives\.tcs_distill\.top_k: 100 is more than the 64 tokens"),
+        (["training=dlm_distill", "model.teacher.type=server", "model.teacher.url=http://host/v1",
+          "model.teacher.top_k=100"],
+         r"dlm_distill\.objectives\.tcs_distill\.temperature: 5, but a server tells"),
+        (["training=dlm_distill", "model.teacher.type=actors", "model.teacher.top_k=100",
+          "training.objectives.logits_distill={weight: 0}",
+          "training.curriculum.phases=[{until: 1, weights: {logits_distill: 1}}]"],
+         r"logits_distill and tcs_distill have temperatures 2 and 5, but actors are asked at one"),
+        (["training=stage2_pretrain", "model.teacher.type=server",
+          "model.teacher.url=http://host/v1", "training.objectives.logits_distill.weight=0",
+          "training.curriculum.phases=[{until: 1, weights: {logits_distill: 1}}]"],
+         r"stage2\.objectives\.logits_distill\.temperature: 2, but a server tells"),
         (["training.fp8.recipe=tensorwise"], r"training\.fp8\.recipe"),
         (["export.gguf=[i3_s]"], r"'i3_s' is not one of .*nearest: 'i2_s'"),
     ],

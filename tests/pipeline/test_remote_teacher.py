@@ -135,3 +135,31 @@ def test_whoever_teaches_the_run_is_the_same(
     assert server.prompts and len(losses["in_process"]) == 4
     np.testing.assert_allclose(losses["actors"], losses["in_process"], rtol=1e-3)
     np.testing.assert_allclose(losses["server"], losses["in_process"], rtol=1e-3)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_actors_teach_block_diffusion_and_what_a_phase_raises(
+    ray_cluster: None, student: str, tmp_path: Path
+) -> None:
+    """As a teacher in process of which as many tokens are compared; the student knows one more."""
+    names, losses = ("logits_distill", "tcs_distill"), {}
+    for kind, words in {"in_process": (), "actors": ("model.teacher.cpus=0.25",)}.items():
+        config = Config.load(overrides=[
+            f"output_dir={tmp_path}", f"experiment={kind}", "model=smollm2_135m",
+            f"model.path={student}", "training=dlm_distill", f"model.teacher.type={kind}",
+            "data.sources.code.max_bytes=20000", "data.sources.arithmetic.max_bytes=20000",
+            "data.sources.prose.max_bytes=20000", "data.split.validation=0.2", "data.split.probe=0",
+            "training.max_steps=4", "training.batch_size=2", "training.max_seq_length=64",
+            "training.gradient_accumulation_steps=2", "training.log_every=1", "evaluation.rows=2",
+            "training.objectives.dlm.block=8", "training.objectives.tcs_distill.top_k=64",
+            "training.objectives.logits_distill={weight: 0, temperature: 5, top_k: 64}",
+            "training.curriculum.phases=[{until: 0.5}, {until: 1, weights: {logits_distill: 1}}]",
+            "scaling.num_workers=1", *words,
+        ])  # fmt: skip
+        run(config)
+        found = Road(config)
+        losses[kind] = [found.metrics("dlm_distill", f"train/{name}_loss") for name in names]
+    for mine, theirs in zip(losses["actors"], losses["in_process"], strict=True):
+        assert len(mine) > 1 and mine[0] > 0
+        np.testing.assert_allclose(mine, theirs, rtol=1e-3)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_loop import CONFIG, settings
 
 from bitray.models.loading import build_model
-from bitray.training.teacher_settings import InProcess
+from bitray.training.teacher_settings import Actors, InProcess
 from bitray.training.trial import Trial, candidates, largest, memory, peak, telling_steps
 
 
@@ -70,6 +70,9 @@ def test_what_a_micro_batch_takes_is_measured_apart_and_more_than_the_limit_is_s
     assert peak(alone, 64, (small + large) / 2) == math.inf
     masks = settings(max_seq_length=64, objectives={"dlm": {"weight": 1.0}}, lrc={})
     assert peak(trial(settings=masks), 1, math.inf) < large, "block diffusion of corrections"
+    told = settings(max_seq_length=64, objectives={"dlm": {"weight": 1.0}, "tcs_distill": {}})
+    far = peak(trial(settings=told, teacher=Actors(top_k=100)), 1, math.inf)
+    assert far < large, "a teacher that is far away, and never asked about logits_distill"
     with pytest.raises(RuntimeError, match="model_type"):
         peak(trial(model="{}"), 1, math.inf)
 
