@@ -283,6 +283,13 @@ def _stage_problems(name: str, stage: StageSettings) -> list[str]:
             f"{where}.objectives.attention_distill.gamma: auto is measured by the gradient of "
             "continue_pretrain, which is off; give a number, or continue_pretrain a weight"
         )
+    falling = stage.distillation_schedule.type
+    if falling != "constant" and stage.lm_loss_weight is None:
+        found.append(
+            f"{where}.distillation_schedule.type: {falling} lowers the share that "
+            "lm_loss_weight leaves to layers, which is not given; "
+            f"give {where}.lm_loss_weight, such as 0.5, or take constant"
+        )
     if stage.lrc and stage.dense:
         found.append(f"{where}.lrc: a dense stage has no ternary layer to correct")
     warmup = stage.lambda_warmup

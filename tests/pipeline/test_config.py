@@ -142,6 +142,13 @@ def test_a_remote_teacher_is_asked_at_the_temperature_of_whoever_compares_with_i
     assert stage.asked_at == 5.0 and list(stage.likeliest) == ["logits_distill", "tcs_distill"]
 
 
+def test_the_part_of_layers_may_fall_where_there_is_one() -> None:
+    words = ["stages.stage1_9.distillation_schedule.type=linear"]
+    stage = Config.load(overrides=words).stages["stage1_9"]
+    layers = [stage.weights(step)["hidden_distill"] for step in (0, stage.total_steps - 1)]
+    assert layers[0] == 0.5 and layers[1] < 0.1
+
+
 def test_tokens_become_steps() -> None:
     words = ["training=stage2_pretrain", "training.total_tokens=1_000_000"]
     stage = Config.load(overrides=words).stages["stage2"]
@@ -213,6 +220,8 @@ def test_tokens_become_steps() -> None:
           "model.teacher.url=http://host/v1", "training.objectives.logits_distill.weight=0",
           "training.curriculum.phases=[{until: 1, weights: {logits_distill: 1}}]"],
          r"stage2\.objectives\.logits_distill\.temperature: 2, but a server tells"),
+        (["stages.stage2.distillation_schedule.type=linear"],
+         r"stage2\.distillation_schedule\.type: linear .* give stages\.stage2\.lm_loss_weight"),
         (["training.fp8.recipe=tensorwise"], r"training\.fp8\.recipe"),
         (["export.gguf=[i3_s]"], r"'i3_s' is not one of .*nearest: 'i2_s'"),
     ],
