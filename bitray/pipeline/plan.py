@@ -120,7 +120,7 @@ def check_model(config: Config, model: PreTrainedModel, tokenizer: str | None) -
     mine = None if tokenizer is None else load_tokenizer(tokenizer)
     if mine is not None:
         check_vocabulary(mine, model.config.vocab_size)
-        _check_teacher(config, mine)
+        check_teacher(config, mine)
         if any(stage.needs_mask_token for stage in config.stages.values()):
             set_mask_token(mine, config.model.mask_token)
     begins = 1.0 if is_bitnet(model) else 0.0
@@ -203,7 +203,8 @@ def _check_starts(config: Config) -> None:
                 raise UserError(f"stages.{name} is to start from {error}") from None
 
 
-def _check_teacher(config: Config, mine: PreTrainedTokenizerBase) -> None:
+def check_teacher(config: Config, mine: PreTrainedTokenizerBase) -> None:
+    """`UserError` for a teacher whose tokenizer is not the student's, `mine`."""
     teacher = config.model.teacher
     if isinstance(teacher, Server):
         if any(s.total_steps and s.needs_teacher for s in config.stages.values()):

@@ -18,6 +18,7 @@ from bitray.data.job import inputs_of
 from bitray.data.manifest import Manifest, digest
 from bitray.events import FOLDER, Events
 from bitray.lease import Claim
+from bitray.models.loading import load_tokenizer
 from bitray.pipeline.batch_size import sized
 from bitray.pipeline.cli import causes, sentence
 from bitray.pipeline.cluster import preflight, reserved_cpus
@@ -39,6 +40,7 @@ from bitray.pipeline.material import (
 from bitray.pipeline.plan import (
     check_model,
     check_resources,
+    check_teacher,
     expected,
     outline,
     resources,
@@ -82,7 +84,10 @@ def _run(
     check_resources(config, resources())
     preflight(config)
     wanted = expected(config, model)  # once it is known that a probe finds its place
-    material = Material(config, tokenizer_of(config))
+    tokenizer = tokenizer_of(config)
+    if named_tokenizer(config) is None:  # it has not been seen before
+        check_teacher(config, load_tokenizer(tokenizer))
+    material = Material(config, tokenizer)
     if config.resume.fresh:
         _check_held_out(material.open())  # nothing goes for a run that cannot begin
         _clear(config.run_dir)

@@ -14,12 +14,13 @@ import pytest
 from road import Road
 
 from bitray import Config
-from bitray.data import prepare
+from bitray.data import embedded, prepare, train_tokenizer
 from bitray.data.job import Job, UnitResult
 from bitray.data.manifest import SPLITS, Counts, Manifest, SourceManifest, read_manifest
 from bitray.data.plan import MixturePlan, opening
 from bitray.data.shards import Shards
 from bitray.data.sources import Unit
+from bitray.models.loading import build_model, save_model
 from bitray.pipeline.groups import RowKind
 from bitray.pipeline.material import Material, prepared_beside
 from bitray.pipeline.run import run
@@ -86,6 +87,21 @@ def steps(config: Config) -> list[dict[str, Any]]:
     if not (road.folder / "metrics.jsonl").exists():
         return []
     return [line for line in road.lines(STAGE) if "train/loss" in line]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_teacher_with_another_tokenizer_than_the_one_trained_here_is_refused(
+    config: Config, tmp_path: Path
+) -> None:
+    """Before anything is prepared."""
+    texts = list(embedded.documents("code", max_bytes=60_000))
+    save_model(build_model(config.model.config), str(tmp_path / "t"), train_tokenizer(texts, 300))
+    with pytest.raises(
+        UserError, match=r"^model\.teacher\.path: .* has another tokenizer than the"
+    ):
+        run(config.override({"model.teacher.path": str(tmp_path / "t")}))
+    assert not list(Path(config.output_dir).glob("prepared/*/manifest.json"))
 
 
 @pytest.mark.ray
