@@ -52,6 +52,10 @@ class ModelSettings(Settings):
             raise ValueError("give either path (pretrained) or config (built here), not both")
         return self
 
+    def revision_of(self, path: str) -> str | None:
+        """Which one to load of what lies at a path: the pretrained model has a `revision`."""
+        return self.revision if path == self.path else None
+
 
 class Scaling(Settings):
     """How many workers, and what each of them needs."""

@@ -75,10 +75,10 @@ class RemoteTeacher:
 class TeacherActor:
     """A process with a whole teacher."""
 
-    def __init__(self, path: str, send: str) -> None:
+    def __init__(self, path: str, revision: str | None, send: str) -> None:
         device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         autocast = autocast_for(device, "auto")
-        self.teacher = open_teacher(InProcess(), path, device, autocast)
+        self.teacher = open_teacher(InProcess(), path, device, autocast, revision)
         self.device, self.send = device, DTYPES[send]
 
     def answer(self, batch: Batch, k: int, temperature: float) -> TopK:
@@ -90,14 +90,20 @@ class TeacherActor:
         """Returns once the teacher is loaded."""
 
 
-def pool(settings: Actors, path: str, temperature: float, device: torch.device) -> RemoteTeacher:
+def pool(
+    settings: Actors,
+    path: str,
+    temperature: float,
+    device: torch.device,
+    revision: str | None = None,
+) -> RemoteTeacher:
     """The actors that all workers share, asked in turn. Rank 0 owns them: they end with it.
 
     One that dies is started again by Ray and asked again. Every worker calls this. `UserError`
     where they cannot be started.
     """
     owned: list[Any] = []
-    names = from_rank_zero(lambda: _start(settings, path, owned))
+    names = from_rank_zero(lambda: _start(settings, path, revision, owned))
     actors: list[Any] = [ray.get_actor(name) for name in names]
     turns = itertools.islice(itertools.cycle(actors), world()[0], None)
 
@@ -112,7 +118,7 @@ def pool(settings: Actors, path: str, temperature: float, device: torch.device) 
     return RemoteTeacher(ask, device, settings.ahead, close)
 
 
-def _start(settings: Actors, path: str, owned: list[Any]) -> list[str]:
+def _start(settings: Actors, path: str, revision: str | None, owned: list[Any]) -> list[str]:
     """Names of new actors; `owned` keeps them alive."""
     kind: Any = ray.remote(
         num_cpus=settings.cpus,
@@ -121,7 +127,7 @@ def _start(settings: Actors, path: str, owned: list[Any]) -> list[str]:
         max_task_retries=-1,
     )(TeacherActor)
     names = [f"bitray-teacher-{uuid.uuid4().hex[:8]}-{at}" for at in range(settings.count)]
-    owned += [kind.options(name=name).remote(path, settings.send) for name in names]
+    owned += [kind.options(name=name).remote(path, revision, settings.send) for name in names]
     try:
         ray.get([actor.ready.remote() for actor in owned])
     except ray.exceptions.RayError as error:

@@ -66,7 +66,7 @@ class Student:
             assert self.config.model.config is not None
             model = build_model(self.config.model.config)
         else:
-            model = load_model(source, self._revision(source))
+            model = load_model(source, self.config.model.revision_of(source))
         if self.config.stages[self.name].dense:
             return model, 0.0
         assert source is not None, "a ternary stage starts from a dense model"
@@ -75,10 +75,6 @@ class Student:
             return model, held.get("position", {}).get("strength", 1.0)
         model.to(self.device)  # type: ignore[arg-type]  # transformers types `to` away
         return self._converted(model, source), 0.0
-
-    def _revision(self, source: str) -> str | None:
-        """Asked for where the pretrained model is meant."""
-        return self.config.model.revision if source == self.config.model.path else None
 
     def _converted(self, model: PreTrainedModel, source: str) -> PreTrainedModel:
         """The ternary model that a dense one becomes; both are evaluated, for the table."""
@@ -101,7 +97,8 @@ class Student:
                 batch, origin = self._calibration(), original(self.config)
                 assert origin is not None, "a ternary stage starts from a dense model"
                 loss = partial(self._loss_on, model, batch)
-                weights = load_model(origin, self._revision(origin)).state_dict()
+                revision = self.config.model.revision_of(origin)
+                weights = load_model(origin, revision).state_dict()
                 notice = init_corrections(model, wanted, weights, batch, loss)
                 if notice and world()[0] == 0:
                     self.say(f"{self.name:<9} {notice}")

@@ -334,9 +334,10 @@ class Stage:
             mine = load_tokenizer(self.job.tokenizer)
             return served(wanted, mine, vocabulary, self.device)
         path = teacher_of(self.config)
+        revision = self.config.model.revision_of(path)
         if isinstance(wanted, Actors):
-            return pool(wanted, path, self.settings.asked_at, self.device)
-        return open_teacher(wanted, path, self.device, self.autocast)
+            return pool(wanted, path, self.settings.asked_at, self.device, revision)
+        return open_teacher(wanted, path, self.device, self.autocast, revision)
 
     # ----------------------------------------------------------------------------- side work
 

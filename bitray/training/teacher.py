@@ -53,10 +53,11 @@ def open_teacher(
     path: str,
     device: torch.device,
     autocast: torch.autocast,
+    revision: str | None = None,
 ) -> InProcessTeacher:
     """The teacher at `path`, laid out as the settings say; bf16 on GPUs, fp32 on CPUs."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return placed(settings, load_model(path, dtype=dtype), device, autocast)
+    return placed(settings, load_model(path, revision, dtype), device, autocast)
 
 
 def placed(
