@@ -11,6 +11,7 @@ import argparse
 import copy
 import itertools
 import json
+import os
 import sys
 import tempfile
 import time
@@ -30,12 +31,15 @@ from transformers import PreTrainedModel
 
 from bitray import Config
 from bitray.data.tickets import EMPTY, Deal
+from bitray.inference.evaluation import evaluate
 from bitray.models.batch import Batch
 from bitray.models.convert import to_bitnet
 from bitray.models.families import decoder_layers
 from bitray.models.loading import build_model, load_model, save_model
 from bitray.models.losses import LossModel, Term, capturing
-from bitray.nn import set_strength
+from bitray.models.low_rank import add_corrections, init_corrections, train_corrections_only
+from bitray.models.mask_token import learn_mask_token, mask_token_id
+from bitray.nn import LowRank, set_strength
 from bitray.settings import UserError
 from bitray.training.loop import Every, Loop, autocast_for
 from bitray.training.parallel import parallelize, world
@@ -52,6 +56,7 @@ examples:
       --b training.precision=bf16 --tolerance 1e-2 --json
 """
 WRAPPER = "_checkpoint_wrapped_module."
+REFUSED = "refused.txt"
 Kind = dict[str, Tensor]
 
 
@@ -81,14 +86,28 @@ class Found:
 
 def measured(config: Config, stage: str, steps: int, own_process: bool = False) -> Found:
     """A configuration's numbers, from as many processes as it has workers; one works here, unless
-    its memory is to be measured."""
+    its memory is to be measured. `UserError` for what cannot be."""
     with tempfile.TemporaryDirectory() as folder:
-        workers = config.scaling_of(stage).most
+        workers, refused = config.scaling_of(stage).most, Path(folder) / REFUSED
         if workers > 1 or own_process:
-            mp.spawn(_worker, (config, stage, steps, folder), nprocs=workers)
+            try:
+                mp.spawn(_told, (config, stage, steps, folder), nprocs=workers)
+            except mp.ProcessRaisedException:
+                if not refused.exists():
+                    raise
+                raise UserError(refused.read_text()) from None
         else:
             _worker(0, config, stage, steps, folder)
         return torch.load(Path(folder) / "found.pt", weights_only=False)
+
+
+def _told(rank: int, *given: Any) -> None:
+    """A worker in a process of its own, whose `UserError` the one that started it is told."""
+    try:
+        _worker(rank, *given)
+    except UserError as error:
+        (Path(given[-1]) / REFUSED).write_text(str(error))
+        raise
 
 
 def _worker(rank: int, config: Config, stage: str, steps: int, folder: str) -> None:
@@ -98,6 +117,7 @@ def _worker(rank: int, config: Config, stage: str, steps: int, folder: str) -> N
     if gpu:
         torch.cuda.set_device(device)
     if workers > 1:
+        os.environ.setdefault("LOCAL_WORLD_SIZE", str(workers))
         store = dist.FileStore(str(Path(folder) / "store"), workers)
         backend = "nccl" if gpu else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=workers, store=store)
@@ -111,9 +131,9 @@ def _worker(rank: int, config: Config, stage: str, steps: int, folder: str) -> N
 def _measure(config: Config, stage: str, steps: int, device: torch.device, folder: str) -> Found:
     settings = config.stages[stage].model_copy(update={"max_steps": steps, "log_every": 1})
     model, teacher = _models(config, stage, settings, device, folder)
-    vocabulary = model.config.vocab_size
+    vocabulary = mask_token_id(model.config) or model.config.vocab_size
     wrapped = LossModel(model, settings.logits_chunk).to(device)
-    parallelize(wrapped, settings, device)
+    parallelize(wrapped, settings, device, config.scaling_of(stage).sharding == "hybrid")
     autocast, found = autocast_for(device, settings.precision), Found()
     _probe(wrapped, rows(settings, 0, vocabulary).to(device), autocast, found)
     optimizer = settings.optimizer.build(wrapped)
@@ -147,11 +167,12 @@ def _measure(config: Config, stage: str, steps: int, device: torch.device, folde
 def _models(
     config: Config, stage: str, settings: TrainingSettings, device: torch.device, folder: str
 ) -> tuple[PreTrainedModel, InProcessTeacher | None]:
-    """The student of a stage, and its teacher: the same model in full precision."""
+    """The student of a stage, with all that the stage adds to it, and its teacher: the same model
+    in full precision."""
     torch.manual_seed(settings.seed)
-    shape = config.model.config
-    dense = build_model(shape) if shape is not None else load_model(str(config.model.path))
-    teacher = None
+    shape, path = config.model.config, str(config.model.path)
+    dense = build_model(shape) if shape is not None else load_model(path, config.model.revision)
+    teacher, autocast = None, autocast_for(device, settings.precision)
     if settings.needs_teacher:
         if config.model.teacher.remote:
             raise UserError("model.teacher: a remote one cannot be compared here; take in_process")
@@ -159,14 +180,35 @@ def _models(
             save_model(copy.deepcopy(dense).cpu(), f"{folder}/teacher")
         if dist.is_initialized():
             dist.barrier()
-        autocast = autocast_for(device, settings.precision)
         teacher = open_teacher(config.model.teacher, f"{folder}/teacher", device, autocast)
-    if config.stages[stage].dense:
-        return dense, teacher
-    wanted = config.model.quantization
     batch = rows(settings, 0, dense.config.vocab_size)
+    weights = copy.deepcopy(dense.state_dict()) if settings.lrc is not None else {}
+    model = dense if config.stages[stage].dense else _ternary(config, dense, batch)
+    if settings.needs_mask_token and mask_token_id(model.config) is None:
+        learn_mask_token(model, model.config.vocab_size)
+    if settings.lrc is not None:
+        model.to(device)  # type: ignore[arg-type]  # transformers types `to` away
+        _correct(model, settings.lrc, weights, batch.to(device), autocast)
+    return model, teacher
+
+
+def _ternary(config: Config, dense: PreTrainedModel, batch: Batch) -> PreTrainedModel:
+    wanted = config.model.quantization
     calibrated = wanted.subln_init == "calibrated" and wanted.subln != "none"
-    return to_bitnet(dense, wanted.subln, batch if calibrated else None), teacher
+    return to_bitnet(dense, wanted.subln, batch if calibrated else None)
+
+
+def _correct(
+    model: PreTrainedModel, wanted: LowRank, weights: Kind, batch: Batch, autocast: torch.autocast
+) -> None:
+    """Add low-rank corrections, and train nothing else."""
+
+    def loss() -> float:
+        return evaluate(LossModel(model), {"": [batch]}, batch.input_ids.device, autocast)[""]
+
+    add_corrections(model, wanted.rank)
+    init_corrections(model, wanted, weights, batch, loss)
+    train_corrections_only(model)
 
 
 def rows(settings: TrainingSettings, ticket: int, vocabulary: int) -> Batch:
@@ -265,18 +307,19 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / a.norm().clamp_min(torch.finfo(torch.float64).tiny))
 
 
+def difference(what: str, name: str, a: Tensor | None, b: Tensor | None) -> Difference:
+    """Nothing is alike of what only one of them has, or has in another shape."""
+    if a is None or b is None or a.shape != b.shape:
+        return Difference(what, f"{name}, which is not the same kind of thing in both", 0.0, 1.0)
+    return Difference(what, name, cosine(a, b), relative(a, b))
+
+
 def compared(a: Found, b: Found) -> list[Difference]:
     """The worst of every kind."""
     found = []
     for what in ("logits", "hidden", "gradients"):
         mine, theirs = getattr(a, what), getattr(b, what)
-        assert mine.keys() == theirs.keys(), f"{what}: {mine.keys() ^ theirs.keys()}"
-        each = [
-            Difference(
-                what, name, cosine(mine[name], theirs[name]), relative(mine[name], theirs[name])
-            )
-            for name in mine
-        ]
+        each = [difference(what, k, mine.get(k), theirs.get(k)) for k in mine | theirs]
         found.append(max(each, key=lambda d: 1 - d.cosine if d.cosine == d.cosine else 2))
     steps = enumerate(zip(a.losses, b.losses, strict=True), 1)
     losses = [
@@ -318,10 +361,10 @@ def main() -> int:
     said = parser.parse_intermixed_args()
     try:
         sides = [configured([*said.words, *own], said.stage) for own in (said.a, said.b)]
+        found = compared(*(measured(side, said.stage, said.steps) for side in sides))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    found = compared(*(measured(side, said.stage, said.steps) for side in sides))
     wrong = [each for each in found if not each.within(said.tolerance)]
     if said.json:
         lines = [each._asdict() for each in found]

@@ -10,6 +10,8 @@ import pytest
 import torch
 from compare_runs import Found, compared, configured, cosine, measured
 
+from bitray.settings import UserError
+
 ROOT = Path(__file__).parent.parent
 
 TINY = [
@@ -67,6 +69,40 @@ def test_the_kernels_of_integers_change_nothing(monkeypatch: pytest.MonkeyPatch)
         found.append(numbers("stage2", "stages.stage2.lambda_warmup.warmup_steps=0"))
     for difference in compared(*found):
         assert difference.within(1e-12), difference
+
+
+CORRECTED = ["stages.stage2.lrc.rank=4", "export.gguf=[]", "export.huggingface=false"]
+
+
+@pytest.mark.parametrize("more", [[], ["stages.stage2.lrc.init=svd"]])
+def test_low_rank_corrections_are_compared(more: list[str]) -> None:
+    found = numbers("stage2", *CORRECTED, *more)
+    assert all(name.endswith((".u", ".v")) for name in found.gradients) and found.gradients
+    recomputed = numbers("stage2", *CORRECTED, *more, "training.activation_checkpointing=true")
+    for difference in compared(found, recomputed):
+        assert difference.within(1e-12), difference
+    for other in (numbers("stage2"), numbers("stage2", *CORRECTED, "stages.stage2.lrc.rank=3")):
+        differences = {each.what: each for each in compared(found, other)}
+        assert not differences["gradients"].within(0.5)
+        assert differences["gradients"].worst.endswith("not the same kind of thing in both")
+
+
+def test_block_diffusion_is_compared(plain: Found) -> None:
+    words = ["stages.stage2.objectives.dlm={weight: 1, block: 8}"]
+    found = numbers("stage2", *words)
+    for difference in compared(found, numbers("stage2", *words, "training.logits_chunk=7")):
+        assert difference.within(1e-5), difference
+    differences = {each.what: each for each in compared(numbers("stage2"), found)}
+    assert not differences["logits"].within(0.5), "a mask token more"
+
+
+def test_what_cannot_be_compared_is_one_sentence_from_any_process() -> None:
+    with pytest.raises(UserError, match=r"hybrid needs several nodes.* 2 on this node: take full"):
+        numbers("stage2", "scaling.num_workers=2", "scaling.sharding=hybrid")
+    done = script(*TINY, "training=stage2_pretrain", "model.teacher.type=actors", "--steps", "1")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("model.teacher: a remote one cannot be compared")
+    assert "Traceback" not in done.stderr
 
 
 def made(**changes: Any) -> Found:

@@ -52,9 +52,13 @@ def set_mask_token(tokenizer: "PreTrainedTokenizerBase", text: str = MASK) -> in
 def add_mask_token(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", text: str = MASK
 ) -> None:
-    """Give both a mask token, in place. Embeddings grow only if no row is left for it; new rows are
-    the mean of the others. The same again changes nothing."""
-    number = set_mask_token(tokenizer, text)
+    """Give both a mask token, in place. The same again changes nothing."""
+    learn_mask_token(model, set_mask_token(tokenizer, text))
+
+
+def learn_mask_token(model: "PreTrainedModel", number: int) -> None:
+    """Make this id the model's mask token, in place. Embeddings grow only if no row is left for it;
+    new rows are the mean of the others."""
     rows = model.config.vocab_size
     if number >= rows:
         model.resize_token_embeddings(number + 1, pad_to_multiple_of=MULTIPLE, mean_resizing=False)
