@@ -292,13 +292,24 @@ def _stage_problems(name: str, stage: StageSettings) -> list[str]:
         )
     if stage.lrc and stage.dense:
         found.append(f"{where}.lrc: a dense stage has no ternary layer to correct")
-    warmup = stage.lambda_warmup
-    if warmup.enabled and not stage.dense and (warmup.warmup_steps or 0) > stage.total_steps:
-        found.append(
-            f"{where}.lambda_warmup.warmup_steps: {warmup.warmup_steps} is longer than the stage "
-            f"({stage.total_steps} steps), which would end before the model is ternary"
-        )
-    return found
+    return found + _warmup_problems(where, stage)
+
+
+def _warmup_problems(where: str, stage: StageSettings) -> list[str]:
+    """Warm-ups of the ternary layers that the stage would not see the end of."""
+    strength, saliency = stage.lambda_warmup, stage.saliency_curriculum
+    sparsity, sparse = stage.activation_sparsity, "activations are as sparse as they should be"
+    warmups = (
+        ("lambda_warmup", strength.enabled, strength.warmup_steps, "the model is ternary"),
+        ("saliency_curriculum", saliency.enabled, saliency.warmup_steps, "fewer columns wait"),
+        ("activation_sparsity.warmup", sparsity.enabled, sparsity.warmup.warmup_steps, sparse),
+    )
+    return [
+        f"{where}.{name}.warmup_steps: {steps} is longer than the stage ({stage.total_steps} "
+        f"steps), which would end before {what}"
+        for name, enabled, steps, what in warmups
+        if enabled and not stage.dense and (steps or 0) > stage.total_steps
+    ]
 
 
 def _teacher_problems(name: str, stage: StageSettings, teacher: Teachers) -> list[str]:

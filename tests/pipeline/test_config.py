@@ -178,6 +178,10 @@ def test_tokens_become_steps() -> None:
          r"stage2.curriculum.phases.0: hidden_distill is none of the stage's objectives"),
         (["stages.stage0.objectives.logits_distill.weight=1"], r"a dense stage has no teacher"),
         (["stages.stage1_9.lambda_warmup.warmup_steps=31"], r"31 is longer than the stage \(30"),
+        (["stages.stage2.saliency_curriculum={enabled: true, warmup_steps: 91}"],
+         r"stages\.stage2\.saliency_curriculum\.warmup_steps: 91 is longer .*\(90 steps\)"),
+        (["stages.stage2.activation_sparsity={enabled: true, warmup: {warmup_steps: 91}}"],
+         r"stage2\.activation_sparsity\.warmup\.warmup_steps: 91 is longer .*\(90 steps\)"),
         (["stages.stage2.lambda_warmup.min=0.9", "stages.stage2.lambda_warmup.max=0.5"],
          r"stages\.stage2\.lambda_warmup: min \(0\.9\) is above max"),
         (["data=local"], r"data\.sources"),
@@ -230,3 +234,14 @@ def test_every_mistake_has_its_sentence(words: list[str], sentence: str) -> None
     with pytest.raises(UserError, match=sentence) as caught:
         Config.load(overrides=words)
     assert len(str(caught.value).splitlines()) == 1, "one mistake, one sentence"
+
+
+def test_a_warm_up_may_take_the_whole_stage_and_is_nothing_to_stages_without_it() -> None:
+    """The embedded pipeline pretrains for 350 steps, distils for 30 and then for 90."""
+    words = [
+        "stages.stage2.saliency_curriculum={enabled: true, warmup_steps: 90}",
+        "stages.stage2.activation_sparsity={enabled: true, warmup: {warmup_steps: 90}}",
+        "stages.stage0.activation_sparsity={enabled: true, warmup: {warmup_steps: 351}}",
+        "stages.stage1_9.saliency_curriculum.warmup_steps=31",
+    ]
+    assert Config.load(overrides=words).stages["stage2"].saliency_curriculum.enabled
