@@ -28,6 +28,15 @@ class Layer:
     groups: dict[str, str] | None = None
     lines: dict[Path_, int] = field(default_factory=dict)
 
+    def says(self, path: str) -> bool:
+        """Whether it gives this setting."""
+        node: Any = self.values
+        for part in path.split("."):
+            if not isinstance(node, dict) or part not in node:
+                return False
+            node = node[part]
+        return True
+
 
 def listed(problems: Sequence[str]) -> str:
     """One problem as a sentence, several as a list."""

@@ -190,23 +190,31 @@ class Composed(Settings):
             preset = merge(preset, cls.document(document))
         tree = cls.arrange(preset, [layer.values for layer in layers])
         try:
-            config = cls.model_validate(tree)
+            config = cls._of(tree, layers)
         except ValidationError as error:
             told = explain(cls, error, layers, cls.cause)
-            raise UserError(listed([*told, *cls._besides(tree, preset, error)])) from None
+            besides = cls._besides(tree, preset, layers, error)
+            raise UserError(listed([*told, *besides])) from None
         problems = config.problems()
         if problems:
             raise UserError(listed(problems))
+        return config
+
+    @classmethod
+    def _of(cls: type[Root], tree: Tree, layers: Sequence[Layer]) -> Root:
+        config = cls.model_validate(tree)
         config._layers = tuple(layers)
         return config
 
     @classmethod
-    def _besides(cls, tree: Tree, preset: Tree, error: ValidationError) -> list[str]:
+    def _besides(
+        cls, tree: Tree, preset: Tree, layers: Sequence[Layer], error: ValidationError
+    ) -> list[str]:
         """Contradictions among the settings that are valid; none if too little is left of them."""
         for each in error.errors():
             tree = _restored(tree, preset, each["loc"])
         try:
-            return cls.model_validate(tree).problems()
+            return cls._of(tree, layers).problems()
         except ValidationError:
             return []
 
@@ -225,6 +233,11 @@ class Composed(Settings):
     def problems(self) -> list[str]:
         """Contradictions between settings that are each legal: one sentence each."""
         return []
+
+    def last_said(self, *paths: str) -> int:
+        """The number of the last voice that gave any of these settings; -1: only presets did."""
+        said = [k for k, layer in enumerate(self._layers) if any(map(layer.says, paths))]
+        return max(said, default=-1)
 
     def dump(self) -> str:
         """YAML that loads to this very configuration, whatever the presets become."""

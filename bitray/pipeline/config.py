@@ -111,6 +111,7 @@ class Config(Composed):
                 for name, stage in self.stages.items()
                 for text in [
                     *_stage_problems(name, stage),
+                    *self._unheard_weights(name, stage),
                     *_teacher_problems(name, stage, self.model.teacher),
                     *_phase_problems(name, stage, self.data),
                     *self.too_long(name, most),
@@ -135,6 +136,27 @@ class Config(Composed):
                 "out, or export the stage before it with jobs/export.py"
             )
         return found
+
+    def _unheard_weights(self, name: str, stage: StageSettings) -> list[str]:
+        """Weights given over phases that all weigh the objective themselves. Whoever gives both,
+        as a saved configuration does, knows the phases."""
+
+        def last_said(path: str) -> int:
+            return self.last_said(f"training.{path}", f"stages.{name}.{path}")
+
+        phases, phased = stage.curriculum.phases, last_said("curriculum.phases")
+        if not phases or not stage.total_steps:
+            return []
+        return [
+            f"stages.{name}.objectives.{each}.weight: {settings.weight:g} changes nothing, for all "
+            f"phases have a weight of their own for {each} "
+            f"({', '.join(f'{phase.weights[each]:g}' for phase in phases)}); change "
+            f"stages.{name}.curriculum.phases, or set it to [] for one weight all along"
+            for each, settings in stage.objectives
+            if settings is not None
+            and all(each in phase.weights for phase in phases)
+            and last_said(f"objectives.{each}.weight") > phased
+        ]
 
     def influence_interval(self, stage: str) -> int | None:
         """Steps between decisions about the mixture, or None where there are none."""

@@ -182,6 +182,10 @@ def test_tokens_become_steps() -> None:
          r"stages\.stage2\.saliency_curriculum\.warmup_steps: 91 is longer .*\(90 steps\)"),
         (["stages.stage2.activation_sparsity={enabled: true, warmup: {warmup_steps: 91}}"],
          r"stage2\.activation_sparsity\.warmup\.warmup_steps: 91 is longer .*\(90 steps\)"),
+        (["training=base", "training.objectives.dlm.weight=0.7"],
+         r"stages\.stage2\.objectives\.dlm\.weight: 0\.7 changes nothing, .*\(0, 0\.3, 0\.5, 1\)"),
+        (["training=base", "stages.stage2.objectives={dlm: {weight: 0}}"],
+         r"stage2\.objectives\.dlm\.weight: 0 changes nothing, .* stages\.stage2\.curriculum\.ph"),
         (["stages.stage2.lambda_warmup.min=0.9", "stages.stage2.lambda_warmup.max=0.5"],
          r"stages\.stage2\.lambda_warmup: min \(0\.9\) is above max"),
         (["data=local"], r"data\.sources"),
@@ -245,3 +249,20 @@ def test_a_warm_up_may_take_the_whole_stage_and_is_nothing_to_stages_without_it(
         "stages.stage1_9.saliency_curriculum.warmup_steps=31",
     ]
     assert Config.load(overrides=words).stages["stage2"].saliency_curriculum.enabled
+
+
+def test_a_weight_is_heard_where_a_phase_leaves_it_or_its_voice_gives_the_phases() -> None:
+    base, weight = ["training=base"], "training.objectives.dlm.weight=0.7"
+    some = "training.curriculum.phases=[{until: 0.5, weights: {dlm: 0}}, {until: 1}]"
+    whole = "training.curriculum.phases=[{until: 1, weights: {dlm: 0.2}}]"
+    for phases, at_the_end in ((some, 0.7), ("training.curriculum.phases=[]", 0.7), (whole, 0.2)):
+        stage = Config.load(overrides=[*base, weight, phases]).stages["stage2"]
+        assert stage.weights(stage.total_steps - 1)["dlm"] == at_the_end
+    saved = Config.load_text(Config.load(overrides=base).dump(), "config.yaml")
+    assert saved.model_dump() == Config.load(overrides=base).model_dump()
+    with pytest.raises(UserError, match=r"dlm\.weight: 0\.7 changes nothing"):
+        saved.override({"training.objectives.dlm.weight": 0.7})
+    without = saved.override({"training.curriculum.phases": []})
+    assert without.override({"training.objectives.dlm.weight": 0.7})
+    with pytest.raises(UserError, match=r"2 problems:\n.*max_steps.*\n.*changes nothing"):
+        Config.load(overrides=[*base, weight, "training.max_steps=soon"])
