@@ -46,6 +46,11 @@ class Objective(Settings):
         `grad_ratio` of that of continue_pretrain."""
         return 1.0
 
+    @property
+    def lengths(self) -> int:
+        """How many times as wide as the rows its view is."""
+        return 1
+
     def view(self, batch: Batch, generator: torch.Generator) -> Batch:
         """What the student sees. Objectives that return `batch` itself share one forward, that of a
         view with a `clean` half where there is one."""

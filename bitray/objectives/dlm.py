@@ -34,6 +34,11 @@ class DLM(HeadObjective):
     mask_prob: float = Field(default=0.15, gt=0, le=1)
     """Of `simple`."""
 
+    @property
+    def lengths(self) -> int:
+        """Noisy copies, and the clean half of blocks."""
+        return 1 if self.mode == "simple" else 3 if self.complementary else 2
+
     def view(self, batch: Batch, generator: torch.Generator) -> Batch:
         """Noisy copies and the clean half; the same tokens masked for the same generator."""
         wanted = eligible(batch)

@@ -247,11 +247,11 @@ class Memory:
 
 def memory(config: Config, stage: str, parameters: int, model: PreTrainedModel) -> Memory:
     """Masters and gradients are fp32 and sharded, as is the optimizer's state; the teacher is
-    whole; a block keeps about 16 numbers per token and hidden unit and 8 per token and FFN unit for
-    the backward, or its input alone under activation checkpointing."""
+    whole; of the widest view a block keeps about 16 numbers per token and hidden unit and 8 per
+    token and FFN unit for the backward, or its input alone under activation checkpointing."""
     settings, scaling = config.stages[stage], config.scaling_of(stage)
     shape, low = model.config, 2 if scaling.use_gpu else 4
-    tokens = settings.batch_size * settings.max_seq_length
+    tokens = settings.batch_size * settings.max_seq_length * settings.view_lengths
     per_token = 16 * shape.hidden_size + 8 * shape.intermediate_size
     if settings.activation_checkpointing:
         per_token = shape.hidden_size

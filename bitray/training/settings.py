@@ -224,6 +224,12 @@ class TrainingSettings(Settings):
         return {name: getattr(self.objectives, name) for name in sorted(names)}
 
     @property
+    def view_lengths(self) -> int:
+        """How many times as wide as the rows the widest view is that the model ever sees."""
+        makers = (each.view_of or name for name, each in self.learnt.items())
+        return max((getattr(self.objectives, maker).lengths for maker in makers), default=1)
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether any objective that ever counts compares the student with a teacher."""
         return any(objective.needs_teacher for objective in self.learnt.values())

@@ -33,6 +33,15 @@ def test_two_views_mask_each_eligible_token_exactly_once_between_them() -> None:
     assert DLM().count(view) == eligible(batch).sum() == (view.guessed != IGNORED).sum()
 
 
+@pytest.mark.parametrize(
+    ("settings", "lengths"), [({}, 3), ({"complementary": False}, 2), ({"mode": "simple"}, 1)]
+)
+def test_a_view_is_as_wide_as_it_says(settings: dict[str, object], lengths: int) -> None:
+    objective = DLM.model_validate(settings)
+    width = drawn(objective, make_batch()).input_ids.shape[1]
+    assert objective.lengths == lengths == width / WIDTH
+
+
 def test_without_complement_there_is_one_copy() -> None:
     view = drawn(DLM(block=4, complementary=False), make_batch())
     assert view.labels.shape == (4, 2 * WIDTH)

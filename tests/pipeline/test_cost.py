@@ -145,6 +145,30 @@ def test_memory_is_what_others_measured(batch: int, total: float) -> None:
     assert theirs / GB == pytest.approx(total, rel=0.20)
 
 
+@pytest.mark.parametrize(
+    ("words", "lengths"),
+    [
+        (["training=base"], 3),
+        (["training=base", "training.objectives.dlm.complementary=false"], 2),
+        (["training=base", "training.objectives.dlm.mode=simple"], 1),
+        (["training=dlm_distill", "training.objectives.dlm.weight=0"], 3),
+        (["training=stage2_pretrain"], 1),
+    ],
+)
+def test_block_diffusion_is_as_wide_as_its_copies(words: list[str], lengths: int) -> None:
+    """Two layers of 16 numbers per hidden and 8 per FFN unit in fp32 for 4 rows of 32 tokens, as
+    noisy copies and the clean row, beside logits and two more like them of 100 tokens."""
+    config = Config.load(overrides=[
+        *words, "training.batch_size=4", "training.max_seq_length=32", "training.logits_chunk=100",
+        "training.max_steps=9", "model.config.hidden_size=64", "model.config.intermediate_size=96",
+        "model.config.num_hidden_layers=2", "model.config.vocab_size=320",
+    ])  # fmt: skip
+    (name,) = config.stages
+    held = memory(config, name, 1, outline(config))
+    numbers = lengths * 4 * 32 * 2 * (16 * 64 + 8 * 96) + 3 * 100 * 320
+    assert held.activations == 4 * numbers
+
+
 # ----------------------------------------------------------------------------------------- report
 
 
