@@ -59,9 +59,12 @@ class AttentionDistill(AttentionObjective):
     ) -> tuple[Float[Tensor, ""], Gradients]:
         """Sum over real tokens, and its gradients, exactly 0 for identical states; in fp32."""
         with torch.autocast(documents.device.type, enabled=False), torch.no_grad():
+            widths = ([x.shape[-1] for x in side] for side in (student, teacher))
+            heads = self.heads_for(key_heads, *widths)
             if self.relations == "probabilities":
-                return self._of_probabilities(documents, student, teacher, key_heads, any(wanted))
-            heads = self.heads_for(key_heads, [x.shape[-1] for x in (*student, *teacher)])
+                return _of_probabilities(
+                    documents, student, teacher, heads, key_heads, wanted=any(wanted)
+                )
             share = 1 / (heads * len(student))
             loss, gradients = torch.zeros((), device=documents.device), []  # type: Tensor, Gradients
             for ours, theirs, each in zip(student, teacher, wanted, strict=True):
@@ -73,8 +76,18 @@ class AttentionDistill(AttentionObjective):
                 gradients.append(grad)
         return loss, gradients
 
-    def heads_for(self, key_heads: int, widths: Sequence[int]) -> int:
-        """Relation heads for states of these widths; `UserError` for a number that does not fit."""
+    def heads_for(self, key_heads: int, student: Sequence[int], teacher: Sequence[int]) -> int:
+        """Relation heads for projections of these widths, the student's own for `probabilities`;
+        `UserError` for what does not fit."""
+        if self.relations == "probabilities":
+            if list(student) != list(teacher):
+                raise UserError(
+                    "attention_distill.relations: probabilities needs a teacher whose attention is "
+                    "as wide as the student's; take qkv"
+                )
+            queries, keys, _ = student
+            return queries * key_heads // keys
+        widths = (*student, *teacher)
         if self.relation_heads is None:
             return math.gcd(key_heads, *widths)
         if misfit := [width for width in widths if width % self.relation_heads]:
@@ -84,34 +97,30 @@ class AttentionDistill(AttentionObjective):
             )
         return self.relation_heads
 
-    def _of_probabilities(
-        self,
-        documents: Documents,
-        student: Sequence[States],
-        teacher: Sequence[States],
-        key_heads: int,
-        wanted: bool,
-    ) -> tuple[Float[Tensor, ""], Gradients]:
-        """One head at a time: a map is as wide as it is long."""
-        if [x.shape for x in student] != [x.shape for x in teacher]:
-            raise UserError(
-                "attention_distill.relations: probabilities needs a teacher whose attention is as "
-                "wide as the student's; take qkv"
-            )
-        q, k = (x.detach().float().requires_grad_(wanted) for x in student[:2])
-        q_t, k_t = (x.detach().float() for x in teacher[:2])
-        heads = q.shape[-1] * key_heads // k.shape[-1]
-        loss = torch.zeros((), device=q.device)
-        for head in range(heads):
-            with torch.set_grad_enabled(wanted):
-                maps = _attention(q, k, head, key_heads, documents)
-            target = _attention(q_t, k_t, head, key_heads, documents)
-            value, grad = relation_loss(maps.detach(), target, documents, wanted)
-            loss += value / heads
-            if grad is not None:
-                maps.backward(grad / heads)
-        found = [None if x.grad is None else x.grad.to(student[0].dtype) for x in (q, k)]
-        return loss, [*found, None]
+
+def _of_probabilities(
+    documents: Documents,
+    student: Sequence[States],
+    teacher: Sequence[States],
+    heads: int,
+    key_heads: int,
+    *,
+    wanted: bool,
+) -> tuple[Float[Tensor, ""], Gradients]:
+    """One head at a time: a map is as wide as it is long."""
+    q, k = (x.detach().float().requires_grad_(wanted) for x in student[:2])
+    q_t, k_t = (x.detach().float() for x in teacher[:2])
+    loss = torch.zeros((), device=q.device)
+    for head in range(heads):
+        with torch.set_grad_enabled(wanted):
+            maps = _attention(q, k, head, key_heads, documents)
+        target = _attention(q_t, k_t, head, key_heads, documents)
+        value, grad = relation_loss(maps.detach(), target, documents, wanted)
+        loss += value / heads
+        if grad is not None:
+            maps.backward(grad / heads)
+    found = [None if x.grad is None else x.grad.to(student[0].dtype) for x in (q, k)]
+    return loss, [*found, None]
 
 
 def _attention(

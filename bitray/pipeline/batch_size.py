@@ -8,10 +8,9 @@ from typing import Any
 import ray
 
 from bitray.pipeline.config import Config
-from bitray.pipeline.plan import outline
+from bitray.pipeline.plan import outline, teacher_outline
 from bitray.settings import UserError
 from bitray.training.settings import TrainingSettings
-from bitray.training.teacher_settings import Server
 from bitray.training.trial import Trial, candidates, largest, memory, peak, tried
 
 GB = 1e9
@@ -81,18 +80,12 @@ def _trials(config: Config, stage: str) -> list[Trial]:
     # a stage's own settings are the pipeline's; the process knows those of training alone
     given = settings.model_dump(include=set(TrainingSettings.model_fields))
     given["max_steps"] = settings.total_steps
-    model = outline(config).config.to_json_string(use_diff=False)
-    teacher = config.model.teacher
-    theirs = model
-    if not isinstance(teacher, Server) and teacher.path:
-        another = config.override({"model.path": teacher.path, "model.config": None})
-        theirs = outline(another).config.to_json_string(use_diff=False)
     return [
         Trial(
             settings=TrainingSettings.model_validate(given),
-            model=model,
-            teacher=teacher,
-            teacher_model=theirs,
+            model=outline(config).config.to_json_string(use_diff=False),
+            teacher=config.model.teacher,
+            teacher_model=teacher_outline(config).config.to_json_string(use_diff=False),
             subln=None if settings.dense else config.model.quantization.subln,
             device="cuda" if scaling.use_gpu else "cpu",
             rank=rank,

@@ -27,6 +27,7 @@ from bitray.models.loading import (
 from bitray.models.low_rank import add_corrections, train_corrections_only
 from bitray.models.mask_token import set_mask_token
 from bitray.nn import bit_linears, rank_of
+from bitray.objectives import AttentionDistill, HiddenDistill
 from bitray.pipeline.cluster import coming, reserved_cpus
 from bitray.pipeline.config import Config
 from bitray.pipeline.cost import Expected, duration, money
@@ -99,11 +100,21 @@ def _actors(config: Config, stage: str) -> Actors | None:
 
 def outline(config: Config) -> PreTrainedModel:
     """The dense model without its weights."""
-    path = config.model.path
-    if path is None:
-        assert config.model.config is not None
-        with torch.device("meta"):
-            return build_model(config.model.config)
+    if config.model.path is not None:
+        return _outline_at(config.model.path)
+    assert config.model.config is not None
+    with torch.device("meta"):
+        return build_model(config.model.config)
+
+
+def teacher_outline(config: Config) -> PreTrainedModel:
+    """The same of the teacher, which is the dense model where nothing else is said."""
+    teacher = config.model.teacher
+    path = None if isinstance(teacher, Server) else teacher.path
+    return _outline_at(path) if path else outline(config)
+
+
+def _outline_at(path: str) -> PreTrainedModel:
     with local_model(path) as folder, torch.device("meta"):
         model = skeleton(folder or path)
         check_weights(path)
@@ -125,7 +136,8 @@ def check_model(config: Config, model: PreTrainedModel, tokenizer: str | None) -
             set_mask_token(mine, config.model.mask_token)
     begins = 1.0 if is_bitnet(model) else 0.0
     converted = to_bitnet(model, config.model.quantization.subln)
-    found += [text for name in config.stages for text in _misfits(config, name, converted)]
+    teacher = teacher_outline(config)
+    found += [text for name in config.stages for text in _misfits(config, name, converted, teacher)]
     found += _not_exported(config, converted, mine, begins)
     if found:
         raise UserError(listed(found))
@@ -177,18 +189,38 @@ def _last_strength(config: Config, strength: float) -> float:
     return strength
 
 
-def _misfits(config: Config, name: str, converted: PreTrainedModel) -> list[str]:
-    """What a stage names and its model does not have: a decoder layer, a rank."""
-    stage, attention = config.stages[name], config.stages[name].objectives.attention_distill
+def _misfits(
+    config: Config, name: str, student: PreTrainedModel, teacher: PreTrainedModel
+) -> list[str]:
+    """What a stage names and its models do not have: a decoder layer, a rank, a number of heads."""
+    stage = config.stages[name]
     try:
-        if attention is not None:
-            attention_projections(converted, attention.layer)
-        for layer in bit_linears(converted) if stage.lrc else ():
+        for objective in stage.learnt.values():
+            if isinstance(objective, HiddenDistill):
+                _check_layers(objective, len(decoder_layers(student)), len(decoder_layers(teacher)))
+            if isinstance(objective, AttentionDistill):
+                widths = [_widths(model, objective.layer) for model in (student, teacher)]
+                objective.heads_for(student.config.num_key_value_heads, *widths)
+        for layer in bit_linears(student) if stage.lrc else ():
             assert stage.lrc is not None
             rank_of(stage.lrc.rank, layer.in_features, layer.out_features)
     except UserError as error:
         return [f"stages.{name}: {error}"]
     return []
+
+
+def _check_layers(objective: HiddenDistill, student: int, teacher: int) -> None:
+    if student != teacher:
+        raise UserError(
+            f"hidden_distill compares layer by layer, but the student has {student} decoder layers "
+            f"and the teacher {teacher}; take a teacher of {student}, or logits_distill"
+        )
+    objective.shares(student)
+
+
+def _widths(model: PreTrainedModel, layer: int) -> list[int]:
+    """Numbers that the query, key and value projections of a layer put out."""
+    return [each.get_parameter("weight").shape[0] for each in attention_projections(model, layer)]
 
 
 def _check_starts(config: Config) -> None:

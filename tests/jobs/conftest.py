@@ -116,14 +116,15 @@ def models(
     tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase, prose: list[str]
 ) -> Path:
     """`dense`: a Hugging Face folder; `ternary`: one of `save_model`; `wide`: with a tokenizer that
-    its embedding cannot hold; `pickled`: with weights as a pickle alone; `qwen2`; `gpt2`;
-    `stranger`: with a tokenizer of its own."""
+    its embedding cannot hold; `narrow`: of one layer; `pickled`: with weights as a pickle alone;
+    `qwen2`; `gpt2`; `stranger`: with a tokenizer of its own."""
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     for name, kind, fields in (
         ("dense", "llama", {}),
         ("wide", "llama", {"vocab_size": VOCABULARY - 20}),
         ("qwen2", "qwen2", {}),
+        ("narrow", "llama", {"hidden_size": 192, "num_hidden_layers": 1}),
     ):
         model = build_model({"model_type": kind, **SHAPE, "tie_word_embeddings": True, **fields})
         model.save_pretrained(root / name)

@@ -297,6 +297,19 @@ def test_a_model_that_cannot_be_taken(
          "{models}/stranger has another tokenizer than the student: the first id that differs is"),
         (["model.teacher.path={models}/dens"], "no such model folder (nearest: 'dense')"),
         (["training.objectives.attention_distill={weight: 1, layer: 7}"], "layer"),
+        (["training.objectives.attention_distill={weight: 1, relation_heads: 3}"],
+         "stages.stage2: attention_distill.relation_heads: 3 does not divide the 256 numbers of a "
+         "projection; take a divisor of 128"),
+        (["training.objectives.attention_distill={weight: 1, relation_heads: 128}",
+          "model.teacher.path={models}/narrow"],
+         "relation_heads: 128 does not divide the 192 numbers"),
+        (["training.objectives.attention_distill={weight: 1, relations: probabilities}",
+          "model.teacher.path={models}/narrow"],
+         "stages.stage2: attention_distill.relations: probabilities needs a teacher whose"),
+        (["training.objectives.hidden_distill={weight: 1, layer_weights: [1, 2, 3]}"],
+         "stages.stage2: hidden_distill.layer_weights has 3 numbers but the model has 2 decoder"),
+        (["training.objectives.hidden_distill={weight: 1}", "model.teacher.path={models}/narrow"],
+         "the student has 2 decoder layers and the teacher 1; take a teacher of 2, or logits_dis"),
     ],
 )  # fmt: skip
 def test_a_method_that_cannot_be(

@@ -81,7 +81,7 @@ def test_value_and_gradient_are_those_of_the_definition(
 
 def test_relation_heads_are_chosen_or_given() -> None:
     student, teacher = states(0), states(1, (32, 16, 16))
-    assert AttentionDistill().heads_for(3, [24, 12, 12, 32, 16, 16]) == 1
+    assert AttentionDistill().heads_for(3, [24, 12, 12], [32, 16, 16]) == 1
     total, _ = AttentionDistill(relation_heads=4).on_projections(
         DOCUMENTS, student, teacher, HEADS, QKV
     )
