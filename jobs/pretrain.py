@@ -8,6 +8,9 @@ examples:
       your own text, a model of the Hugging Face Hub, one GPU
   python jobs/pretrain.py --dry-run stages.stage2.optimizer.lr=2e-3
       check the whole configuration and print the plan, without training
+  python jobs/pretrain.py model=smollm2_135m pipeline=standard training.optimizer.type=muonclip \\
+      stages.stage1_9.optimizer.lr=3e-3 stages.stage2.optimizer.weight_decay=0
+      another optimizer: it begins with its own defaults, the same in every stage
   ray job submit --working-dir . -- python jobs/pretrain.py scaling=fsdp_multi
       the same on a cluster
 """

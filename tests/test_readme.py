@@ -44,6 +44,15 @@ def test_jobs_take_these_words(command: str) -> None:
     assert JOBS[path.stem].load(file, [word for word in said if "=" in word])
 
 
+def test_muon_as_is_usual_in_every_stage() -> None:
+    """Defaults of a type know no stage (2.4e-3, 0.01), so the README has the words."""
+    (command,) = (c for c in commands() if "muonclip" in c)
+    stages = Config.load(overrides=[w for w in shlex.split(command) if "=" in w]).stages
+    found = {name: (s.optimizer.type, s.optimizer.lr, s.optimizer.weight_decay)
+             for name, s in stages.items() if s.total_steps}  # fmt: skip
+    assert found == {"stage1_9": ("muonclip", 3e-3, 0.01), "stage2": ("muonclip", 2.4e-3, 0.0)}
+
+
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("make")])
 def test_make_knows_its_targets(command: str) -> None:
     target = command.split()[1]

@@ -138,6 +138,7 @@ class TrainingSettings(Settings):
     distillation_schedule: DistillationSchedule = DistillationSchedule()
 
     optimizer: Optimizer = AdamW()
+    """Another type begins with its own defaults, whatever the stage's preset says of AdamW."""
     schedule: LearningRateSchedule = LearningRateSchedule()
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     zclip: ZClip = ZClip()
