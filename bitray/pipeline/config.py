@@ -167,8 +167,12 @@ class Config(Composed):
         return settings.influence.interval(len(self.probes(stage)), sources, settings.rows_per_step)
 
     def probes(self, stage: str) -> dict[str, list[str]]:
-        """Probe domains of a stage's influence, and the sources whose documents they hold."""
-        chosen, known = self.stages[stage].influence.probes, self.data.probe_domains()
+        """Probe domains of a stage's influence, and the sources whose documents they hold; `ado`
+        looks at none."""
+        influence, known = self.stages[stage].influence, self.data.probe_domains()
+        if influence.method == "ado":
+            return {}
+        chosen = influence.probes
         return {name: found for name, found in known.items() if not chosen or chosen.get(name)}
 
     def _influence_problems(self, name: str, stage: StageSettings) -> list[str]:
@@ -193,6 +197,19 @@ class Config(Composed):
         always = all("continue_pretrain" in stage.weights(step) for step in stage.turns)
         if influence.method == "ado" and not always:
             found.append(f"{where}.method: ado needs the loss of continue_pretrain, which is off")
+        if influence.method != "ado" and not self.data.split.probe:
+            found.append(
+                f"{where}.method: {influence.method} compares with held-out documents, and "
+                "data.split.probe=0 leaves none; give 0.02, or take method=ado, which needs none"
+            )
+        found += [
+            f"stages.{name}.curriculum.phases.{number}.mixture.{source}: influence would end it at "
+            f"its first decision, for it remixes what data.sources gives a weight; give "
+            f"data.sources.{source}.weight above 0, or leave the source to stages without influence"
+            for number, phase in enumerate(stage.curriculum.phases)
+            for source, weight in (phase.mixture or {}).items()
+            if weight and source in self.data.sources and source not in self.data.remixed()
+        ]
         return found
 
     def _sharding_problems(self, name: str, stage: StageSettings) -> list[str]:

@@ -60,7 +60,7 @@ def schedule_of_mixture(config: Config, stage: str) -> list[str]:
         lines.append(
             f"influence {stage}: {given.method}, {updates} decisions, the first at step "
             f"{given.first(interval)}, then every {interval}; probes: "
-            f"{', '.join(config.probes(stage))}"
+            f"{', '.join(config.probes(stage)) or 'none'}"
         )
     return lines
 

@@ -55,7 +55,8 @@ class InfluenceSettings(Settings):
 
     enabled: bool = False
     method: Literal["cosine", "datainf", "dot", "ado"] = "cosine"
-    """What drives; the first three are logged anyway. `ado` needs no probes, only losses."""
+    """What drives. Each of the first three logs what the others of them find; `ado` looks at losses
+    alone, and needs no probes."""
     warmup_steps: int = Field(default=1000, ge=0)
     """The first decision: early gradients say the same of all sources."""
     update_interval: int = Field(default=5000, ge=1)

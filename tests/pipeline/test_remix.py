@@ -12,6 +12,9 @@ from test_run import wait_for, workers
 from wandb_file import histories, run_records
 
 from bitray import Config, checkpoint
+from bitray.data.manifest import Counts, Manifest, SourceManifest, read_manifest, write_manifest
+from bitray.data.shards import Shards
+from bitray.pipeline.remix import remixing
 from bitray.pipeline.report import influence_matrix, series_of
 from bitray.pipeline.run import run
 from bitray.settings import UserError
@@ -160,6 +163,49 @@ def test_a_source_of_weight_0_only_probes() -> None:
     assert config.probes("stage2") == {
         "code": ["code"], "books": ["prose"], "arithmetic": ["arithmetic"]
     }  # fmt: skip
+
+
+def test_a_source_that_only_a_phase_names_is_not_dropped_without_a_word() -> None:
+    """Weight 0 keeps it out of what is remixed, so the first decision would take it away."""
+    words = [
+        "data.sources.prose.weight=0",
+        "stages.stage2.curriculum.phases=[{until: 0.5, mixture: {code: 1, prose: 1}}, {until: 1}]",
+    ]
+    Config.load(overrides=words)
+    with pytest.raises(UserError, match=r"stage2.curriculum.phases.0.mixture.prose: influence"):
+        Config.load(overrides=[*words, "stages.stage2.influence.enabled=true"])
+
+
+def test_ado_needs_no_probes_and_the_others_are_told_that_there_are_none(tmp_path: Path) -> None:
+    words = ["training.influence.enabled=true", "data.split.probe=0"]
+    with pytest.raises(UserError, match=r"cosine compares with held-out documents, and data.split"):
+        Config.load(overrides=words)
+    config = Config.load(overrides=[*words, "training.influence.method=ado"])
+    shards = Shards(str(tmp_path), read_manifest(prepared_without_probes(tmp_path)))
+    hook = remixing(
+        config, "stage2", shards, on_decision=lambda *_: None, current=dict, say=print
+    )  # fmt: skip
+    assert hook is not None and not hook.material.probes
+
+
+def prepared_without_probes(folder: Path) -> str:
+    counts = Counts(documents=9, tokens=900, rows=9)
+    splits = {"train": counts, "probe": Counts(), "validation": Counts()}
+    manifest = Manifest(
+        job="m", length=256, group_rows=1, window=4096, tokenizer="t", vocab_size=9, eos_token_id=0,
+        made_from={}, sources={name: SourceManifest(splits=splits) for name in SOURCES},
+    )  # fmt: skip
+    write_manifest(str(folder), manifest)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "preset",
+    ["stage2_pretrain", "base", "bitdistill_full", "stage3_distill", "stage3_distill_smollm2"],
+)
+def test_stages_2_and_3_decide_every_1000_steps(preset: str) -> None:
+    config = Config.load(overrides=["model=smollm2_135m", f"training={preset}"])
+    assert {stage.influence.update_interval for stage in config.stages.values()} == {1000}
 
 
 def test_the_interval_follows_from_the_budget_alone() -> None:
