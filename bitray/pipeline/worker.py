@@ -18,7 +18,7 @@ from ray.util.queue import Queue
 from bitray import checkpoint, storage
 from bitray.data.manifest import digest, read_manifest
 from bitray.data.shards import Shards, held_out
-from bitray.data.stream import DataEnded, TicketStream, worker_batches
+from bitray.data.stream import DataEnded, TicketStream
 from bitray.data.weights import UNIT
 from bitray.lease import Claim
 from bitray.models.isolation import check_documents_isolated
@@ -29,6 +29,7 @@ from bitray.pipeline.config import Config
 from bitray.pipeline.console import Say, speaking
 from bitray.pipeline.evaluations import HeldOut, batches_of
 from bitray.pipeline.faults import OUT_OF_MEMORY, Hung, account, is_out_of_memory
+from bitray.pipeline.feeds import Feeds
 from bitray.pipeline.folders import StageFolder, resume_point, teacher_of
 from bitray.pipeline.groups import RowKind, Scaling
 from bitray.pipeline.remix import few_updates, remixing
@@ -80,10 +81,11 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
         return {"out_of_memory": storage.read_json(uri)}
     clock = Clock()
     ledger = Ledger(job.config.run_dir, clock) if world()[0] == 0 else None
+    feeds = Feeds(job.config, job.stages, job.streams)
     with speaking(job.lines) as say, patient(job.config.resume.storage_patience):
         try:
             for name in job.stages:
-                stage = Stage(job, name, ray.train.torch.get_device(), say, clock, ledger)
+                stage = Stage(job, name, ray.train.torch.get_device(), say, clock, ledger, feeds)
                 if not stage.folder.complete and not stage.run():
                     asked = storage.exists(storage.join(job.config.run_dir, STOP))
                     return {"stopped" if asked else "again": name}
@@ -116,6 +118,7 @@ class Stage:
     """Where this worker's time goes."""
     ledger: Ledger | None
     """Keeps the clock of rank 0."""
+    feeds: Feeds
     files: dict[str, bytes] = field(init=False)
     """What describes the model in every checkpoint."""
     influence: Influence | None = None
@@ -178,12 +181,7 @@ class Stage:
     def train(self, loop: Loop) -> None:
         """The steps that are left."""
         if not loop.at_end:
-            tickets = worker_batches(
-                ray.train.get_dataset_shard(self.name),
-                self.job.streams[self.name].mixture,
-                *world(),
-                loop.data_step * self.settings.gradient_accumulation_steps,
-            )
+            tickets = self.feeds.of(self.name, loop.data_step)
             remote = loop.teacher if isinstance(loop.teacher, RemoteTeacher) else None
             asked = remote.asked(tickets) if remote else tickets
             watchdog = Watchdog(
@@ -206,6 +204,8 @@ class Stage:
                     remote.close()
             asked.close()
             tickets.close()
+            if not loop.stopped:
+                self.feeds.open_next(self.name)
 
     # ---------------------------------------------------------------------------- beginning
 
