@@ -29,6 +29,7 @@ from ray.data import (
     TaskPoolStrategy,
 )
 from ray.data.block import BlockMetadata
+from ray.exceptions import RayTaskError
 from ray.train import DataConfig
 
 from bitray.data.manifest import read_manifest
@@ -49,7 +50,7 @@ TASK_BUNDLES = 64
 """Bundles of a reader task, at least: a start costs tens of ms, a lost task all of its reads."""
 
 
-class DataEnded(UserError):
+class DataEnded(Exception):
     """No more rows will come. All workers meet it at the same step."""
 
 
@@ -307,8 +308,18 @@ def _delivered(
     # decision that needs this one; the thread of `Prefetched` runs ahead without that.
     whole: Any = None  # a batch is a block; Ray's annotation forgets that
     blocks: Any = shard.iter_batches(batch_size=whole, batch_format="pyarrow", prefetch_batches=0)
-    for block in blocks:
-        yield from _batches(block, mixture)
+    try:
+        for block in blocks:
+            yield from _batches(block, mixture)
+    except RayTaskError as error:
+        if isinstance(said := _root(error), UserError):
+            raise said from None
+        raise
+
+
+def _root(error: BaseException) -> BaseException:
+    """What a reader raised, without the accounts of the tasks that it has come through."""
+    return _root(error.cause) if isinstance(error, RayTaskError) else error
 
 
 def _batches(block: pa.Table, mixture: StageMixture) -> Iterator[tuple[int, "Batch"]]:

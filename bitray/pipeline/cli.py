@@ -67,10 +67,10 @@ def job(main: Callable[[Arguments], None], doc: str, root: type[Composed], **fla
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        told = next(filter(None, map(sentence, causes(error))), None)
-        if told is None:
+        said = told(error)
+        if said is None:
             raise
-        print(f"error: {told}", file=sys.stderr)
+        print(f"error: {said}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -78,16 +78,23 @@ _PLACES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, 
 """What is wrong with a place that a user chose to write to."""
 
 
-def sentence(error: BaseException) -> str | None:
-    """What to tell of an error that a user can put right; None for all others."""
+def told(error: BaseException) -> str | None:
+    """What to tell of an error that a user can put right, wherever it was raised; None for all
+    others."""
+    return next(filter(None, map(_sentence, causes(error))), None)
+
+
+def _sentence(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in _PLACES and error.filename:
         return f"{error.filename}: {error.strerror}"
     return str(error) if isinstance(error, UserError) else None
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception and what it wraps, also across Ray's processes."""
-    yield error
+    """An exception and what it wraps, also across Ray's processes; of what Ray wraps in an account
+    of where it was raised, not the account."""
+    if not isinstance(getattr(error, "cause", None), BaseException):
+        yield error
     inner = [
         error.__cause__,
         *(getattr(error, name, None) for name in ("cause", "controller_failure")),

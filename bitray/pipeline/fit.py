@@ -20,7 +20,7 @@ from ray.train.v2._internal.exceptions import (
 from bitray import storage
 from bitray.data.stream import TicketConfig, ticket_dataset
 from bitray.object_store import Patient
-from bitray.pipeline.cli import causes, sentence
+from bitray.pipeline.cli import causes, told
 from bitray.pipeline.config import Config
 from bitray.pipeline.elastic import use_policy
 from bitray.pipeline.faults import OUT_OF_MEMORY
@@ -100,9 +100,8 @@ def fit(job: Job, scaling: Scaling) -> str | None:
 
 def _failure(job: Job, scaling: Scaling, error: TrainingFailedError) -> str:
     """One sentence of what ended the run, with a file that has all of it."""
-    told = next(filter(None, map(sentence, causes(error))), None)
-    if told is not None:
-        return told
+    if said := told(error):
+        return said
     uri = storage.join(job.config.run_dir, "failure.txt")
     storage.write_text(uri, str(error))
     failures = getattr(error, "worker_failures", {})

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from bitray.data.stream import Prefetched
 from bitray.models.batch import Batch
 from bitray.models.sparse import TopK
+from bitray.pipeline.cli import told
 from bitray.pipeline.teacher_server import Client, ServerTeacher, checked
 from bitray.settings import UserError
 from bitray.training.loop import Tickets, autocast_for
@@ -52,7 +53,7 @@ class RemoteTeacher:
             for batch in batches:
                 self._answer(batch)
         except UserError as error:
-            return str(getattr(error, "cause", error))  # without Ray's account of where
+            return told(error)
         except ray.exceptions.RayError as error:
             return f"model.teacher: an actor did not answer: {str(error).strip().splitlines()[0]}"
         return None
@@ -131,8 +132,8 @@ def _start(settings: Actors, path: str, revision: str | None, owned: list[Any]) 
     try:
         ray.get([actor.ready.remote() for actor in owned])
     except ray.exceptions.RayError as error:
-        told = str(error).strip().splitlines()[-1]
-        raise UserError(f"model.teacher: the actors cannot load {path}: {told}") from None
+        why = told(error) or str(error).strip().splitlines()[-1]
+        raise UserError(f"model.teacher: the actors cannot load {path}: {why}") from None
     return names
 
 

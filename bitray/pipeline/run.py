@@ -20,7 +20,7 @@ from bitray.events import FOLDER, Events
 from bitray.lease import Claim
 from bitray.models.loading import load_tokenizer
 from bitray.pipeline.batch_size import sized
-from bitray.pipeline.cli import causes, sentence
+from bitray.pipeline.cli import told
 from bitray.pipeline.cluster import preflight, reserved_cpus
 from bitray.pipeline.config import Config
 from bitray.pipeline.console import console
@@ -119,9 +119,8 @@ def audited(held: Claim) -> Iterator[Events]:
     try:
         yield events
     except BaseException as error:
-        told = str(next(filter(None, map(sentence, causes(error))), repr(error)))
         with suppress(OSError, UserError):
-            events.write("failed", reason=told)
+            events.write("failed", reason=told(error) or repr(error))
         raise
     finally:
         events.close()

@@ -24,6 +24,7 @@ from bitray.lease import Claim
 from bitray.models.isolation import check_documents_isolated
 from bitray.models.loading import load_tokenizer, model_files
 from bitray.models.losses import LossModel
+from bitray.pipeline.cli import told
 from bitray.pipeline.cluster import room_for_another
 from bitray.pipeline.config import Config
 from bitray.pipeline.console import Say, speaking
@@ -92,12 +93,12 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
         except Rewind:
             raise
         except (UserError, FloatingPointError) as error:
-            return {"error": str(error)}
+            return {"error": told(error) or str(error)}
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            told = f"{job.config.run_dir}: {error.strerror}"
-            return {"error": f"{told}; make room, and the same command continues"}
+            full = f"{job.config.run_dir}: {error.strerror}"
+            return {"error": f"{full}; make room, and the same command continues"}
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):  # raised, so that no other worker waits for this one
                 peak = peak_memory_gb(ray.train.torch.get_device())
@@ -264,29 +265,30 @@ class Stage:
             loop.hooks = [Every(1, self.influence, "influence"), *loop.hooks]
         return loop
 
+    def ask(self, method: str, *given: Any) -> Any:
+        """What the mixture actor answers about this stage. Its refusal as it was raised there:
+        Ray's own account of it cannot be sent to the other workers."""
+        actor: Any = ray.get_actor(self.job.streams[self.name].actor)
+        try:
+            return ray.get(getattr(actor, method).remote(self.name, *given))
+        except UserError as error:
+            raise UserError(told(error)) from None
+
     def decided(
         self, step: int, weights: Mapping[str, float] | None, notes: Mapping[str, Any]
     ) -> None:
-        """Have a decision about the mixture recorded. If it is refused, all workers are told: one
-        that stopped alone would leave the others waiting for it."""
+        """Have a decision about the mixture recorded."""
 
-        def refused() -> str | None:
-            actor: Any = ray.get_actor(self.job.streams[self.name].actor)
-            try:
-                ray.get(actor.set_weights.remote(self.name, step, weights, notes))
-            except UserError as error:
-                return str(getattr(error, "cause", error))  # without Ray's account of where
+        def record() -> None:
+            self.ask("set_weights", step, weights, notes)
             self.checkpoints.note("decision", step=step, weights=weights and dict(weights))
-            return None
 
-        if reason := from_rank_zero(refused):
-            raise UserError(reason)
+        from_rank_zero(record)
 
     def weights(self) -> dict[str, float]:
         """Of the sources that are remixed, as the journal has them last: a decision's, or those of
         a phase that has begun since. Rank 0 asks."""
-        actor: Any = ray.get_actor(self.job.streams[self.name].actor)
-        last = ray.get(actor.journal.remote(self.name))[-1]
+        last = self.ask("journal")[-1]
         known = dict(zip(self.config.data.sources, last["weights"], strict=True))
         return {name: known[name] / UNIT for name in self.config.data.remixed()}
 
@@ -344,10 +346,9 @@ class Stage:
     def on_log(self, loop: Loop) -> None:
         """How often every source has been gone through, and where the run's time goes."""
         if self.ledger is not None:
-            actor: Any = ray.get_actor(self.job.streams[self.name].actor)
-            epochs = ray.get(actor.epochs.remote(self.name, loop.data_step))
-            told = {f"mixture/epoch_{name}": count for name, count in epochs.items()}
-            loop.write({**told, **self.ledger.metrics(self.settings.save_every)})
+            epochs = self.ask("epochs", loop.data_step)
+            gone = {f"mixture/epoch_{name}": count for name, count in epochs.items()}
+            loop.write({**gone, **self.ledger.metrics(self.settings.save_every)})
 
     def on_evaluate(self, loop: Loop) -> None:
         """Held-out losses on the way; a new best is kept. The end has its own evaluation."""
@@ -387,8 +388,8 @@ class Stage:
     def note(self, loop: Loop, losses: Mapping[str, float]) -> None:
         """Held-out losses into metrics and position."""
         position = loop.position
-        told = {f"eval/{domain}_loss": loss for domain, loss in losses.items()}
-        loop.write({**told, "train/peak_memory_gb": peak_memory_gb(self.device)})
+        found = {f"eval/{domain}_loss": loss for domain, loss in losses.items()}
+        loop.write({**found, "train/peak_memory_gb": peak_memory_gb(self.device)})
         for sink in loop.sinks:
             sink.flush()  # a sweep decides by them
         if position.best is None or mean_loss(losses) < position.best:
@@ -401,8 +402,7 @@ class Stage:
         """Begin a checkpoint of the loop as it stands."""
         data: dict[str, Any] | None = None
         if world()[0] == 0 and self.settings.total_steps:
-            actor: Any = ray.get_actor(self.job.streams[self.name].actor)
-            data = ray.get(actor.state.remote(self.name, loop.data_step))
+            data = self.ask("state", loop.data_step)
         held = state.as_json(loop.position, data) | {"stage": self.name, "time": time.time()}
         if self.influence is not None:
             held["influence"] = self.influence.state(loop)

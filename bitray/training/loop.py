@@ -101,6 +101,8 @@ class Loop:
     problem_with: Callable[[Sequence[Batch]], str | None] = lambda _: None
     """Asked on this worker about the batches of every step; what one worker says stops all."""
     stopped: bool = False
+    unreadable: str | None = None
+    """Why this worker's micro-batches cannot be read."""
     data_step: int = 0
     """Steps whose tickets have been drawn; differs from `position.step` where a resumed run was
     told to begin its data or its counters anew."""
@@ -162,11 +164,16 @@ class Loop:
     # --------------------------------------------------------------------------------- a step
 
     def _draw(self, tickets: Tickets) -> list[tuple[int, Batch]]:
-        """This worker's micro-batches of the next step."""
+        """This worker's micro-batches of the next step; none if they cannot be read, of which all
+        workers hear."""
         rank, size = world()
         deal = Deal(self.settings.gradient_accumulation_steps, size)
         wanted = deal.step(rank, self.data_step)
-        drawn = [next(tickets) for _ in wanted]
+        try:
+            drawn = [next(tickets) for _ in wanted]
+        except UserError as error:
+            self.unreadable = str(error)
+            return []
         assert [ticket for ticket, _ in drawn] == wanted, f"the stream gave {drawn}, not {wanted}"
         self.data_step += 1
         return [(ticket, batch.to(self.device)) for ticket, batch in drawn]
@@ -239,7 +246,7 @@ class Loop:
         for each in passes:
             for name in each.names:
                 sums[names.index(name)] += getattr(self.settings.objectives, name).count(each.view)
-        problem = self.problem_with(batches)
+        problem = self.unreadable or self.problem_with(batches)
         sums[-3] = sum(batch.real.sum() for batch in batches)
         sums[-2] = float(self.stop_requested())
         sums[-1] = float(problem is not None)

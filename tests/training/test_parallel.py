@@ -19,6 +19,7 @@ from bitray.models.families import decoder_layers
 from bitray.models.loading import build_model
 from bitray.models.losses import LossModel
 from bitray.nn import bit_linears
+from bitray.settings import UserError
 from bitray.training import state
 from bitray.training.loop import Every, Loop, autocast_for
 from bitray.training.parallel import parallelize, world
@@ -184,6 +185,23 @@ def poisoned() -> dict[str, Any]:
     }
 
 
+def unread(_: Path) -> list[Any]:
+    """The stream of the last worker breaks in the third step: how far each worker came, and what
+    it was told."""
+    given = settings(DENSE, **SHORT)
+    run, _ = loop(DENSE, given)
+
+    def breaking() -> Iterator[tuple[int, Batch]]:
+        for each in tickets(Deal(3, world()[1]), given.batch_size):
+            if run.data_step == 2 and world()[0] == world()[1] - 1:
+                raise UserError("a shard is gone")
+            yield each
+
+    with pytest.raises(UserError) as caught:
+        run.run(breaking())
+    return [run.position.step, str(caught.value)]
+
+
 def stop(run: Loop) -> None:
     """A hook that stops a run."""
     run.stopped = True
@@ -327,6 +345,14 @@ def test_a_gradient_that_is_not_finite_on_one_worker_skips_the_step_on_all(
     np.testing.assert_allclose(
         two["poisoned"]["losses"], one["poisoned"]["losses"], rtol=1e-5, equal_nan=True
     )
+
+
+def test_rows_that_one_worker_cannot_read_stop_all_at_the_same_step(folder: Path) -> None:
+    """None of them waits for the one that has no more batches."""
+    mp.spawn(_worker, (folder, 2, unread), nprocs=2)
+    for rank in range(2):
+        step, said = torch.load(folder / f"unread_2_{rank}.pt", weights_only=True)
+        assert step == 2 and said.endswith("step 2: a shard is gone")
 
 
 def test_one_worker_continues_what_two_began(one: Any, folder: Path) -> None:
