@@ -175,13 +175,16 @@ class MixtureActor:
         It takes effect `lead` steps later; without gates, not before rows that are handed out.
         Where sources may end, it waits until it is known whether they do so before.
         """
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._ended or self._mixture(name).decidable(step))
-        if not self._mixture(name).decidable(step):
-            raise UserError(f"{name}: no more rows are prepared after step {step}")
-        entry = self._mixture(name).decide(step, weights, notes)
+        mixture = await self._decidable(name, step)
+        entry = mixture.decide(step, weights, notes)
         await self._changed_and_saved(name)
         return entry.to_json()
+
+    async def current(self, name: str, step: int) -> dict[str, float]:
+        """Token shares of the sources that a decision of a step goes on from: those decided last,
+        or of a phase that begins before it holds. Waits like `set_weights`, for until then it is
+        not known whether a phase has begun."""
+        return (await self._decidable(name, step)).current
 
     async def journal(self, name: str) -> list[dict[str, Any]]:
         """All entries of a stage."""
@@ -210,6 +213,14 @@ class MixtureActor:
         if name in self._mixtures:
             return self._mixtures[name].generation
         return self._awaiting[name][1] if name in self._awaiting else 0
+
+    async def _decidable(self, name: str, step: int) -> Mixture:
+        """The mixture of a stage, once a decision of this step may be recorded."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._ended or self._mixture(name).decidable(step))
+        if not self._mixture(name).decidable(step):
+            raise UserError(f"{name}: no more rows are prepared after step {step}")
+        return self._mixture(name)
 
     def _stage(self, name: str) -> StageMixture:
         known = {*self._mixtures, *self._awaiting}

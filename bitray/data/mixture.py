@@ -6,13 +6,13 @@ planned, nor are rows that are still being prepared. So the stream does not depe
 """
 
 import bisect
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from bitray.data.plan import Entry, MaxEpochs, MixturePlan, SourceSize, opening
-from bitray.data.tickets import least_lead
+from bitray.data.tickets import decision_after, least_lead
+from bitray.data.weights import UNIT
 from bitray.settings import UserError
 
 RESERVED_STEPS = 64
@@ -21,6 +21,8 @@ RESERVED_STEPS = 64
 
 PHASE = "phase"
 """Note of the entries that begin a phase of a curriculum."""
+TABLES = ("scores", "errors")
+"""Notes of every probe and source, for people: the journal of the run has them, no checkpoint."""
 
 
 class Fenced(RuntimeError):
@@ -109,14 +111,20 @@ class Mixture:
     """One stage's journal, and which rows may be planned by it."""
 
     def __init__(
-        self, stage: StageMixture, generation: int, journal: list[Entry], epoch: int = 0
+        self,
+        stage: StageMixture,
+        generation: int,
+        journal: list[Entry],
+        epoch: int = 0,
+        reserved: int = 0,
     ) -> None:
         self.stage = stage
         self.generation = generation
         self.epoch = epoch
         """Of the lease of the driver that this was opened for; entries are recorded under it."""
-        self.reserved = 0
-        """Rows before this may have been handed out; without gates nothing changes before it."""
+        self.reserved = reserved
+        """Rows before this may have been handed out: with gates, those that were trained on before
+        the mixture was opened; without them nothing changes before it."""
         self.plan = _planned(stage, journal)
         self._advance()
 
@@ -141,13 +149,10 @@ class Mixture:
             return cls(stage, generation, [replace(begin, epoch=epoch)], epoch)
         _check(stage, state)
         journal = [Entry.from_json(entry) for entry in state["journal"]]
-        if earlier is not None and stage.period is None:
-            found = list(earlier.plan.journal)
-            if found[: len(journal)] == journal:
-                journal = found
-        mixture = cls(stage, generation, journal, epoch)
-        mixture.reserved = state["next_row"]
-        return mixture
+        found = list(earlier.plan.journal) if earlier is not None else []
+        if found[: len(journal)] == journal:  # with their tables
+            journal = found[: len(journal) if stage.period else None]
+        return cls(stage, generation, journal, epoch, state["next_row"])
 
     # ------------------------------------------------------------------------------- planning
 
@@ -156,11 +161,17 @@ class Mixture:
         """The step of the next decision that is awaited; None if none is."""
         if self.stage.period is None:
             return None
-        last = self._last_decision.step
-        first = self.stage.first_decision
-        if last < 0 and first is not None:
-            return first
-        return max(last, 0) + self.stage.period
+        # Who resumes here takes the decisions of later steps only.
+        taken = max(self._last_decision.step, self.reserved // self.stage.rows_per_step)
+        return decision_after(
+            taken, self.stage.first_decision or self.stage.period, self.stage.period
+        )
+
+    @property
+    def current(self) -> dict[str, float]:
+        """Token shares of the sources by the last entry of the journal."""
+        shares = zip(self.plan.sources, self.plan.journal[-1].weights, strict=True)
+        return {name: weight / UNIT for name, weight in shares}
 
     @property
     def decided(self) -> int:
@@ -177,9 +188,10 @@ class Mixture:
     def _effect(self, step: int) -> int:
         """The first row that a decision of a step moves."""
         row = (step + self.stage.lead) * self.stage.rows_per_step
+        row = max(row, self._last_decision.first_row)  # which had no gate, if that was long after
         if self.stage.period is None:
             size = self.stage.rows_per_step
-            row = max(row, self._last_decision.first_row, -(-self.reserved // size) * size)
+            row = max(row, -(-self.reserved // size) * size)
         return row
 
     def fixed(self, row: int) -> bool:
@@ -251,12 +263,10 @@ class Mixture:
             raise UserError(f"set_weights: step {step} is before the last decision's, {last}")
         row = self._effect(step)
         assert self.fixed(row), f"step {step} is decided before its rows are known"
-        # Notes as a file gives them back, so that entries compare equal after a restart.
-        written = json.loads(json.dumps(notes or {}))
         # Without gates, phases may be in the journal that begin later; they are recorded again.
         before = [e for e in self.plan.journal if e.first_row < row or PHASE not in e.notes]
         plan = _planned(self.stage, before)
-        entry = plan.decide(step, row, weights, written, self.stage.bounds)
+        entry = plan.decide(step, row, weights, notes, self.stage.bounds)
         entry = replace(entry, epoch=self.epoch)
         self.plan = plan.extended(entry)
         self._advance()
@@ -316,7 +326,7 @@ class Mixture:
             "parts": self.stage.parts,
             "seed": self.stage.seed,
             "lead": self.stage.lead,
-            "journal": [entry.to_json() for entry in journal[: held + 1]],
+            "journal": [_brief(entry).to_json() for entry in journal[: held + 1]],
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -334,9 +344,12 @@ class Mixture:
         """What `to_json` wrote."""
         journal = [Entry.from_json(entry) for entry in values["journal"]]
         stage = StageMixture.from_json(values["stage"])
-        mixture = cls(stage, values["generation"], journal, values.get("epoch", 0))
-        mixture.reserved = values["reserved"]
-        return mixture
+        return cls(stage, values["generation"], journal, values.get("epoch", 0), values["reserved"])
+
+
+def _brief(entry: Entry) -> Entry:
+    """An entry as checkpoints have it: all of them, in every checkpoint."""
+    return replace(entry, notes={k: v for k, v in entry.notes.items() if k not in TABLES})
 
 
 def _planned(stage: StageMixture, journal: Sequence[Entry]) -> MixturePlan:

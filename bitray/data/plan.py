@@ -78,7 +78,7 @@ class Entry:
     """Rows that each source has given before `first_row`, in earlier stages too."""
     remainders: tuple[int, ...]
     """Rows, in multiples of 1 / WHOLE, that each source is owed at `first_row`."""
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict, compare=False)
     """Scores and the like, for people and for whoever decided."""
     epoch: int = field(default=0, compare=False)
     """Of the lease under which it was recorded."""

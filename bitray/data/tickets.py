@@ -1,4 +1,5 @@
-"""Tickets: the rows of one micro-batch by number, and which worker takes which.
+"""Tickets: the rows of one micro-batch by number, which worker takes which, and when the mixture of
+what comes after them is decided.
 
 Ticket t is the rows `t*b .. t*b + b - 1` of the plan, b rows per ticket. The global batch of step k
 is tickets `kG .. kG + G - 1`. Neither depends on how many workers there are.
@@ -44,3 +45,9 @@ def least_lead(bundle: int, max_workers: int, tickets_per_step: int) -> int:
     of `bundle * max_workers / tickets_per_step` later steps. Twice that, for a bundle on the way.
     """
     return 2 * math.ceil(bundle * max_workers / tickets_per_step)
+
+
+def decision_after(step: int, first: int, period: int) -> int:
+    """The first step of decision later than a step: `first`, then every `period` steps, wherever a
+    run was resumed."""
+    return first + max(0, (step - first) // period + 1) * period

@@ -25,7 +25,7 @@ def remixing(
     shards: Shards,
     *,
     on_decision: Decide,
-    current: Callable[[], Mapping[str, float]],
+    current: Callable[[int], Mapping[str, float]],
     say: Callable[[str], None],
 ) -> Influence | None:
     """The hook of a stage, at its start; None where influence is off."""

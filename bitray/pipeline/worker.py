@@ -19,7 +19,6 @@ from bitray import checkpoint, storage
 from bitray.data.manifest import digest, read_manifest
 from bitray.data.shards import Shards, held_out
 from bitray.data.stream import DataEnded, TicketStream
-from bitray.data.weights import UNIT
 from bitray.lease import Claim
 from bitray.models.isolation import check_documents_isolated
 from bitray.models.loading import load_tokenizer, model_files
@@ -247,20 +246,20 @@ class Stage:
             mfu_per_rate=self.mfu_per_rate(model),
             on_worker=self.on_worker(),
         )
-        weights = partial(from_rank_zero, self.weights)
         self.influence = remixing(
             self.config,
             self.name,
             self.shards,
             on_decision=self.decided,
-            current=weights,
+            current=self.weights,
             say=self.say,
         )
         if isinstance(loop.teacher, RemoteTeacher):
             loop.problem_with = loop.teacher.problem
         if self.influence is not None:
-            if data and found:
-                self.influence.resume(loop, checkpoint.load_state(found)["influence"])
+            held = checkpoint.load_state(found).get("influence") if data and found else None
+            if held:  # else it was off until now
+                self.influence.resume(loop, held)
             # first: a decision has to be taken before a checkpoint of the same step
             loop.hooks = [Every(1, self.influence, "influence"), *loop.hooks]
         return loop
@@ -285,12 +284,10 @@ class Stage:
 
         from_rank_zero(record)
 
-    def weights(self) -> dict[str, float]:
-        """Of the sources that are remixed, as the journal has them last: a decision's, or those of
-        a phase that has begun since. Rank 0 asks."""
-        last = self.ask("journal")[-1]
-        known = dict(zip(self.config.data.sources, last["weights"], strict=True))
-        return {name: known[name] / UNIT for name in self.config.data.remixed()}
+    def weights(self, step: int) -> dict[str, float]:
+        """Of the sources that are remixed, what a decision of this step goes on from."""
+        known = from_rank_zero(partial(self.ask, "current", step))
+        return {name: known[name] for name in self.config.data.remixed()}
 
     def sinks(self, found: str | None, position: Position) -> Sequence[Sink]:
         """Where metrics go; on rank 0 alone, which also says how the stage begins."""

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from jaxtyping import Float64
 
+from bitray.data.mixture import TABLES
+from bitray.data.tickets import decision_after
 from bitray.data.weights import UNIT, quantise
 from bitray.models.batch import Batch
 from bitray.training.gradients import gram_matrix
@@ -59,9 +61,9 @@ class Influence:
     weights: dict[str, float]
     """Current token shares of the sources that are remixed."""
     on_decision: Decide
-    current: Callable[[], Mapping[str, float]] | None = None
-    """Asked for the weights in force before a decision, which a curriculum may have switched; None:
-    those of the last decision."""
+    current: Callable[[int], Mapping[str, float]] | None = None
+    """Asked for the weights that a decision of a step goes on from, which a curriculum may have
+    switched; None: those of the last decision."""
     say: Callable[[str], None] = print
     score: dict[str, float] | None = None
     """Running mean of where each source stands among the others."""
@@ -79,17 +81,19 @@ class Influence:
         """Note losses; decide, if it is a step of decision."""
         if self.settings.method == "ado" and loop.data_step % self.span == 0:
             self._note_losses(loop)
-        first = self.settings.first(self.interval)
-        if loop.data_step < first or (loop.data_step - first) % self.interval:
+        first, step = self.settings.first(self.interval), loop.data_step
+        if decision_after(step - 1, first, self.interval) != step:
             return
         began = time.perf_counter()
         if self.current is not None:
-            self.weights = dict(self.current())
+            self.weights = dict(self.current(step))
         found = {} if self.settings.method == "ado" else self._measured(loop)
         optimal, notes = self._optimal(found)
         if optimal is not None:
             self.weights = self._moved(optimal)
-        self.on_decision(loop.data_step, None if optimal is None else self.weights, notes)
+        if self.score is not None:
+            notes["standing"] = dict(self.score)
+        self.on_decision(step, None if optimal is None else self.weights, notes)
         if "kept" in notes and world()[0] == 0:
             self.say(f"influence: weights stay as they are, {notes['kept']}")
         now = time.perf_counter()
@@ -144,7 +148,8 @@ class Influence:
         if not found:
             return None, notes | {"kept": "a gradient was not finite"}
         driving, shares = found[method], list(self._probe_weights().values())
-        notes |= self._table("scores", driving.score) | self._table("errors", driving.error)
+        for title, values in zip(TABLES, (driving.score, driving.error), strict=True):
+            notes[title] = self._table(values)
         stands = standing(driving, shares)
         if not stands.any():
             return None, notes | {"kept": "the sources differ by no more than their errors"}
@@ -156,7 +161,7 @@ class Influence:
         }
         score = np.array(list(self.score.values()))
         optimal = preferred(score, surely_harmful(driving, shares), self.settings.temperature)
-        return optimal, notes | {"standing": dict(self.score)}
+        return optimal, notes
 
     def _moved(self, optimal: Shares) -> dict[str, float]:
         """Weights as the journal will have them."""
@@ -171,9 +176,9 @@ class Influence:
         given = self.settings.probes
         return {name: given.get(name, 0.0) if given else 1.0 for name in self.material.probes}
 
-    def _table(self, title: str, values: np.ndarray) -> dict[str, dict[str, dict[str, float]]]:
+    def _table(self, values: np.ndarray) -> dict[str, dict[str, float]]:
         rows = zip(self.material.probes, values.tolist(), strict=True)
-        return {title: {probe: dict(zip(self.weights, row, strict=True)) for probe, row in rows}}
+        return {probe: dict(zip(self.weights, row, strict=True)) for probe, row in rows}
 
     # ----------------------------------------------------------------------- numbers and state
 
@@ -182,7 +187,7 @@ class Influence:
             yield f"weight_{source}", weight
         for method, each in found.items():
             title = "score" if method == self.settings.method else method
-            for probe, row in self._table("scores", each.score)["scores"].items():
+            for probe, row in self._table(each.score).items():
                 for source, value in row.items():
                     yield f"{title}_{probe}_{source}", value
 

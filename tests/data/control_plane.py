@@ -6,6 +6,7 @@ The machine keeps its own books (which rows went to whom, what was decided and f
 and holds every row against `naive_order`. What is lost in a crash is lost here as well.
 """
 
+import itertools
 import json
 import shutil
 import tempfile
@@ -191,12 +192,11 @@ class ControlPlane(RuleBasedStateMachine):
     @property
     def awaited(self) -> int | None:
         """The step of the next decision, by the calendar."""
-        if self.stage.period is None:
+        first, period = self.stage.first_decision or self.stage.period, self.stage.period
+        if first is None or period is None:
             return None
-        taken = [each.step for each in self.books.decisions]
-        if not taken and self.stage.first_decision is not None:
-            return self.stage.first_decision
-        return (taken[-1] if taken else 0) + self.stage.period
+        gone = max([self.first_step, *(each.step for each in self.books.decisions)])
+        return next(step for step in itertools.count(first, period) if step > gone)
 
     @rule(count=st.integers(1, 15), data=st.data())
     def train(self, count: int, data: st.DataObject) -> None:
@@ -322,7 +322,7 @@ class ControlPlane(RuleBasedStateMachine):
         state, books = self.checkpoints[-1] if self.checkpoints else (None, Books())
         decisions = self.books.decisions
         self.workers = data.draw(st.integers(1, self.stage.max_workers))
-        self.stage = self.cut(data) if state else self.stage
+        self.stage = self.timed(self.cut(data), data) if state else self.stage
         generation = self.mixture.generation + 1
         mixture = Mixture.opened(
             self.stage, generation, state, earlier=self.mixture, epoch=self.claim.epoch
@@ -342,6 +342,13 @@ class ControlPlane(RuleBasedStateMachine):
         ]  # fmt: skip
         tickets = data.draw(st.sampled_from([*pieces, self.stage.tickets_per_step]))
         return replace(self.stage, tickets_per_step=tickets, rows_per_ticket=self.size // tickets)
+
+    def timed(self, stage: StageMixture, data: st.DataObject) -> StageMixture:
+        """The same with another calendar, if it has one."""
+        if stage.period is None or not data.draw(st.booleans()):
+            return stage
+        first, period = data.draw(st.none() | st.integers(1, 20)), data.draw(st.integers(1, 9))
+        return replace(stage, period=period, first_decision=first)
 
     # ------------------------------------------------------------------------------ invariants
 

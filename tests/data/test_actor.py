@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from bitray.data.actor import MixtureActor, mixture_actor
-from bitray.data.mixture import Fenced, StageMixture
+from bitray.data.mixture import Fenced, Mixture, StageMixture
 from bitray.data.plan import Entry, MixturePlan, SourceSize, opening
+from bitray.pipeline.cli import told
 from bitray.settings import UserError
 
 SIZES = {"a": SourceSize(90, 900), "b": SourceSize(400, 3000)}
@@ -185,6 +186,29 @@ def test_a_decision_waits_where_a_source_may_end_before_it_holds(tmp_path: Path)
     asyncio.run(story())
 
 
+def test_what_a_decision_goes_on_from_does_not_depend_on_how_fast_is_prepared(
+    tmp_path: Path,
+) -> None:
+    """A phase begins before the decision holds, but it is recorded only once it is known whether a
+    source has ended by then."""
+
+    async def story() -> None:
+        phased = stage(period=14, max_epochs=3, phases=((16, {"a": 0.5, "b": 0.5}),))
+        fast = MixtureActor(str(tmp_path / "fast"))
+        await fast.open("s", phased)
+        assert await fast.current("s", 14) == {"a": 0.5, "b": 0.5}
+        slow = MixtureActor(str(tmp_path / "slow"))
+        await slow.prepared({"m": GROWING})
+        await slow.open("s", phased)
+        asking = asyncio.create_task(slow.current("s", 14))
+        await asyncio.sleep(0.05)
+        assert not asking.done()
+        await slow.prepared({"m": SIZES})
+        assert await asyncio.wait_for(asking, 1) == {"a": 0.5, "b": 0.5}
+
+    asyncio.run(story())
+
+
 def _entries(journal: list[dict[str, Any]]) -> list[Entry]:
     return [Entry.from_json(entry) for entry in journal]
 
@@ -262,6 +286,27 @@ def test_a_killed_actor_comes_back_with_its_journal(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="step 17 is not a step of decision; the next is 20"):
         ray.get(actor.set_weights.remote("s", 17, None))
     assert np.unique(after["source"]).tolist() == [0, 1]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_a_user_can_put_right_is_told_as_it_was_raised(tmp_path: Path) -> None:
+    """Also through tasks that asked for it: a resume on other data, found in the actor."""
+    import ray
+
+    @ray.remote
+    def through(task: Any) -> Any:
+        return ray.get(task[0])
+
+    state = Mixture.opened(stage(manifest="other"), 1, None).state(5)
+    actor = mixture_actor("mixture-refusing", str(tmp_path))
+    refused = actor.open.remote("s", stage(), state)
+    for task in (refused, through.remote([refused]), through.remote([through.remote([refused])])):
+        with pytest.raises(Exception) as caught:
+            ray.get(task)
+        said = told(caught.value)
+        assert said is not None and said.startswith("resume: the prepared data was other when")
+        assert len(said.splitlines()) == 1
 
 
 @pytest.mark.ray

@@ -108,6 +108,56 @@ def test_bounds_hold_for_what_is_decided() -> None:
     assert two == (2457, 1639, *[0] * (len(every) - 2))
 
 
+@pytest.mark.parametrize(
+    ("first", "step", "then"),
+    [(20, 50, 56), (20, 10, 20), (20, 20, 26), (None, 35, 36), (None, 36, 42), (55, 3, 55)],
+)
+def test_gates_that_are_new_on_resume_wait_for_the_next_step_of_the_calendar(
+    first: int | None, step: int, then: int
+) -> None:
+    """Decisions of `first`, `first + 6`, ... (by itself 6), of which those up to the checkpoint's
+    step will not be taken any more; whether there were others before does not matter."""
+    for before in (opened(), opened(period=7), opened(period=5, first_decision=1)):
+        for decided in range(1, step + 1):
+            if decided == before.next_decision:
+                before.decide(decided, {"a": 1.0, "b": 1.0})
+        again = stage(period=6, first_decision=first)
+        mixture = Mixture.opened(again, 2, through_json(before.state(step)), earlier=before)
+        mixture = Mixture.from_json(through_json(mixture.to_json()))
+        assert mixture.next_decision == then and mixture.decided == min(480, (then + 4) * 8)
+        assert mixture.decide(then, {"c": 1.0}).first_row == (then + 4) * 8
+        assert mixture.next_decision == then + 6
+
+
+def test_gates_after_a_decision_without_them_that_holds_long_after_it_was_taken() -> None:
+    before = opened()
+    before.reserved = 30 * 8
+    before.decide(3, {"c": 1.0})
+    mixture = Mixture.opened(stage(period=6), 2, through_json(before.state(4)))
+    assert mixture.next_decision == 6 and mixture.decided == 30 * 8
+    assert mixture.decide(6, {"a": 1.0}).first_row == 30 * 8
+
+
+def test_checkpoints_hold_the_running_mean_and_leave_tables_to_the_journal() -> None:
+    """Six probes and six sources: the tables are most of an entry, and all entries lie in every
+    checkpoint. Who resumes where the journal is keeps them."""
+    names = "abcdef"
+    table = {probe: dict.fromkeys(names, 0.12345678901234567) for probe in names}
+    standing = dict.fromkeys(names, 0.12345678901234567)
+    mixture = opened(period=10)
+    notes = {"method": "cosine", "scores": table, "errors": table, "standing": standing}
+    entry = mixture.decide(10, {"a": 1.0}, notes)
+    assert mixture.to_json()["journal"][-1]["notes"] == notes
+    state = through_json(mixture.state(12))
+    assert state["journal"][-1]["notes"] == {"method": "cosine", "standing": standing}
+    assert len(json.dumps(state["journal"][-1])) < 500 < len(json.dumps(entry.to_json()))
+    mixture.decide(20, {"b": 1.0})
+    again = Mixture.opened(mixture.stage, 2, state, earlier=mixture)
+    assert again.plan.journal == mixture.plan.journal[:2]
+    assert again.plan.journal[-1].notes == notes
+    assert Mixture.opened(mixture.stage, 2, state).plan.journal == again.plan.journal
+
+
 def test_decisions_after_the_checkpoint_are_dropped_and_taken_again() -> None:
     mixture = opened(period=10)
     mixture.decide(10, {"a": 1.0})

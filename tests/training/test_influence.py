@@ -52,6 +52,8 @@ class Run:
     """A loop over a mixture, with influence."""
 
     phases: Phases = ()
+    first: int | None = 4
+    period: int | None = 4
 
     def __init__(self, method: str = "cosine", seed: int = 0, **influence: Any) -> None:
         self.settings = TrainingSettings.model_validate(
@@ -87,7 +89,8 @@ class Run:
         stage = StageMixture(
             seed=0, manifest="m", sizes=SHARDS.sizes, length=LENGTH,
             weights=dict.fromkeys(SOURCES, 1.0), steps=STEPS, rows_per_ticket=3,
-            tickets_per_step=3, bundle=1, lead=4, max_workers=4, period=4, first_decision=4,
+            tickets_per_step=3, bundle=1, lead=4, max_workers=4, period=self.period,
+            first_decision=self.first,
             bounds=(0.05, 0.60), phases=self.phases,
         )  # fmt: skip
         return Mixture.opened(stage, 1, held)
@@ -243,7 +246,7 @@ def test_it_goes_on_from_the_weights_that_a_phase_has_set() -> None:
         phases = ((11, {"a": 0.2, "b": 0.5, "c": 0.3}),)
 
     run = Curriculum(learning_rate=0.01)
-    run.hook.current = lambda: {
+    run.hook.current = lambda step: {
         name: w / 4096
         for name, w in zip(SOURCES, run.mixture.plan.journal[-1].weights, strict=True)
     }
@@ -253,6 +256,33 @@ def test_it_goes_on_from_the_weights_that_a_phase_has_set() -> None:
     assert np.abs(found[4] - 1 / 3).max() < 0.01
     assert found[7] == pytest.approx([0.2, 0.5, 0.3], abs=1e-3)
     assert 0 < np.abs(found[8] - found[7]).max() < 0.01
+
+
+def test_influence_that_is_turned_on_or_timed_anew_on_resume_goes_on() -> None:
+    """A checkpoint of step 5 without influence, and of step 7 with decisions at 4, 8, 12: from
+    there on those of 2, 5, 8, 11, 14, as the hook and the holder of the journal have to agree."""
+    off = Run()
+    off.loop.hooks, off.first, off.period = [], None, None
+    off.mixture = off.opened(None)
+    for run in (off.train(until=5), Run().train(until=7)):
+        state = json.loads(json.dumps(run.mixture.state(run.loop.data_step)))
+        on = Run(warmup_steps=2)
+        on.hook.interval, on.first, on.period = 3, 2, 3
+        on.mixture = on.opened(state)
+        on.loop.position.step = on.loop.data_step = state["step"]
+        on.train()
+        before = [entry.step for entry in run.mixture.plan.journal]
+        assert [e.step for e in on.mixture.plan.journal] == [*before, 8, 11, 14]
+
+
+def test_a_decision_that_changes_nothing_notes_the_running_mean_too() -> None:
+    run = Run().train(until=7)
+    mean = dict(run.hook.score or {})
+    with torch.no_grad():
+        run.loop.model.model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    run.loop.data_step = 8
+    run.hook(run.loop)
+    assert mean and run.notes[-1]["standing"] == mean and "kept" in run.notes[-1]
 
 
 def test_losses_by_source_add_up_to_the_loss() -> None:
