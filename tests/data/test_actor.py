@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ray.exceptions import RayTaskError
 
 from bitray.data.actor import MixtureActor, mixture_actor
 from bitray.data.mixture import Fenced, Mixture, StageMixture
@@ -288,25 +289,19 @@ def test_a_killed_actor_comes_back_with_its_journal(tmp_path: Path) -> None:
     assert np.unique(after["source"]).tolist() == [0, 1]
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
 def test_what_a_user_can_put_right_is_told_as_it_was_raised(tmp_path: Path) -> None:
-    """Also through tasks that asked for it: a resume on other data, found in the actor."""
-    import ray
-
-    @ray.remote
-    def through(task: Any) -> Any:
-        return ray.get(task[0])
-
+    """A resume on other data, found in the actor, as Ray hands it on: by itself, and through tasks
+    that asked for it, whose errors are no `UserError`s any more."""
     state = Mixture.opened(stage(manifest="other"), 1, None).state(5)
-    actor = mixture_actor("mixture-refusing", str(tmp_path))
-    refused = actor.open.remote("s", stage(), state)
-    for task in (refused, through.remote([refused]), through.remote([through.remote([refused])])):
-        with pytest.raises(Exception) as caught:
-            ray.get(task)
-        said = told(caught.value)
-        assert said is not None and said.startswith("resume: the prepared data was other when")
-        assert len(said.splitlines()) == 1
+    with pytest.raises(UserError) as refused:
+        asyncio.run(MixtureActor(str(tmp_path)).open("s", stage(), state))
+    error: Any = refused.value
+    for name in ("open", "plan", "read", "get"):
+        error = RayTaskError(name, f"ray::{name}()\nTraceback", error, ip="127.0.0.1")
+        for each in (error, error.as_instanceof_cause()):
+            said = told(each)
+            assert said is not None and said.startswith("resume: the prepared data was other when")
+            assert len(said.splitlines()) == 1
 
 
 @pytest.mark.ray
