@@ -35,16 +35,27 @@ def quantise(
     """Weights in multiples of 1 / UNIT that sum to UNIT and keep the bounds, in source order.
 
     They need not sum to one; a source that is not named gets nothing, whatever the bounds.
-    `UserError` for unknown sources, weights that are negative or not finite, and weights that are
-    all zero.
+    `UserError` for unknown sources, weights that are negative or not finite, weights that are all
+    zero, and bounds that cannot be met.
     """
     given = _checked(weights, sources)
     given /= given.sum()
-    low, high = math.ceil(min_weight * UNIT - 1e-9), math.floor(max_weight * UNIT + 1e-9)
+    named = np.array([name in weights for name in sources])
+    low, high = bounds_in_units(int(named.sum()), min_weight, max_weight)
     if low > 0 or high < UNIT:
-        named = np.array([name in weights for name in sources])
         given[named] = project_to_bounds(given[named], low / UNIT, high / UNIT)
     return apportion([Fraction(float(weight)) for weight in given], UNIT)
+
+
+def bounds_in_units(count: int, min_weight: float, max_weight: float) -> tuple[int, int]:
+    """Bounds on the weights of `count` sources in multiples of 1 / UNIT: the widest within these.
+
+    `UserError` if no such weights meet them.
+    """
+    low, high = math.ceil(min_weight * UNIT - 1e-9), math.floor(max_weight * UNIT + 1e-9)
+    if not count * low <= UNIT <= count * high:
+        raise UserError(_infeasible(count, min_weight, max_weight))
+    return low, high
 
 
 def _checked(weights: Mapping[str, float], sources: Sequence[str]) -> Float64[np.ndarray, " k"]:
@@ -96,7 +107,10 @@ def project_to_bounds(
 
 
 def _infeasible(count: int, min_weight: float, max_weight: float) -> str:
+    low = math.floor(UNIT // count / UNIT * 1e4) / 1e4
+    high = math.ceil(-(-UNIT // count) / UNIT * 1e4) / 1e4
     return (
-        f"weights of {count} sources cannot all lie between {min_weight} and {max_weight} and sum "
-        f"to 1; min_weight must be at most {1 / count:.4f} and max_weight at least that"
+        f"weights of {count} sources cannot all lie between min_weight {min_weight:g} and "
+        f"max_weight {max_weight:g} and sum to 1 in steps of 1/{UNIT}; take min_weight up to "
+        f"{low:g} and max_weight from {high:g} up"
     )

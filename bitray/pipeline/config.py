@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from pydantic import Field, ValidationError
 
 from bitray.data import DataSettings
-from bitray.data.weights import quantise
+from bitray.data.weights import bounds_in_units, quantise
 from bitray.pipeline.cost import Cost
 from bitray.pipeline.groups import (
     GPU,
@@ -188,12 +188,11 @@ class Config(Composed):
         ]
         if sources < 2:
             found.append(f"{where}: there is only {sources} source to train on, nothing to remix")
-        elif not sources * influence.min_weight <= 1 <= sources * influence.max_weight:
-            found.append(
-                f"{where}: weights of {sources} sources cannot all lie between min_weight "
-                f"{influence.min_weight:g} and max_weight {influence.max_weight:g} and sum to 1; "
-                f"min_weight must be at most {1 / sources:.4g} and max_weight at least that"
-            )
+        else:
+            try:
+                bounds_in_units(sources, influence.min_weight, influence.max_weight)
+            except UserError as error:
+                found.append(f"{where}: {error}")
         always = all("continue_pretrain" in stage.weights(step) for step in stage.turns)
         if influence.method == "ado" and not always:
             found.append(f"{where}.method: ado needs the loss of continue_pretrain, which is off")

@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bitray.data import project_to_bounds
-from bitray.data.weights import UNIT, quantise
+from bitray.data.weights import UNIT, bounds_in_units, quantise
 from bitray.settings import UserError
 
 finite = st.floats(-5, 5, allow_nan=False)
@@ -71,6 +71,26 @@ def test_bounds_that_cannot_be_met_are_refused_in_one_sentence(
 ) -> None:
     with pytest.raises(UserError, match=f"{count} sources cannot all lie between"):
         project_to_bounds(np.ones(count), low, high)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 10, 64])
+def test_bounds_that_load_can_be_met_by_rounded_weights(count: int) -> None:
+    """At the edge and beside it: what is let through is never refused later, and the numbers that
+    the sentence advises are let through."""
+    names = [f"s{k}" for k in range(count)]
+    even = dict.fromkeys(names, 1.0)
+    for low, high in ((1 / count, 1.0), (0.0, 1 / count)):
+        if UNIT % count:
+            with pytest.raises(UserError, match="in steps of 1/4096; take min_weight") as refused:
+                bounds_in_units(count, low, high)
+            with pytest.raises(UserError, match="in steps of 1/4096; take min_weight"):
+                quantise(even, names, low, high)
+            said = str(refused.value).split()
+            low, high = float(said[said.index("up") + 2]), float(said[-2])
+        assert bounds_in_units(count, low, high)[0] * count <= UNIT
+        shares = quantise(even, names, low, high)
+        assert sum(shares) == UNIT
+        assert all(low <= share / UNIT <= high for share in shares)
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:

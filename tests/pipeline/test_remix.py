@@ -135,7 +135,9 @@ def test_a_kill_changes_no_decision(
     ("words", "said"),
     [
         (["min_weight=0.4"], "weights of 3 sources cannot all lie between min_weight 0.4"),
-        (["max_weight=0.3"], "max_weight 0.3 and sum to 1; min_weight must be at most 0.3333"),
+        (["max_weight=0.3"], "max_weight 0.3 and sum to 1 in steps of 1/4096; take min_weight up"),
+        (["max_weight=0.3334"], "up to 0.3332 and max_weight from 0.3335 up"),
+        (["min_weight=0.3333"], "up to 0.3332 and max_weight from 0.3335 up"),
         (
             ["probes={cod: 1}"],
             "influence.probes.cod: there is no such probe domain (nearest: 'code')",
