@@ -51,7 +51,8 @@ def job(main: Callable[[Arguments], None], doc: str, root: type[Composed], **fla
     if flags.get("dry_run"):
         parser.add_argument("--dry-run", action="store_true", help="check and plan, then stop")
     if flags.get("preview"):
-        parser.add_argument("--preview", type=int, metavar="N", help="show N rows of every source")
+        shown = "show N rows of every source"
+        parser.add_argument("--preview", type=_number_of_rows, metavar="N", help=shown)
     if flags.get("analyze_only"):
         parser.add_argument(
             "--analyze-only", metavar="SWEEP", help="write the report of a sweep's folder again"
@@ -72,6 +73,12 @@ def job(main: Callable[[Arguments], None], doc: str, root: type[Composed], **fla
             raise
         print(f"error: {said}", file=sys.stderr)
         sys.exit(2)
+
+
+def _number_of_rows(word: str) -> int:
+    if not word.isdecimal() or not int(word):
+        raise argparse.ArgumentTypeError(f"'{word}' is no number of rows; give 1 or more")
+    return int(word)
 
 
 _PLACES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST}

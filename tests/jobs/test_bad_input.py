@@ -68,6 +68,12 @@ def test_a_file_that_is_wrong_is_told_with_its_line(
     assert sentence in command("pretrain", "--config", "mine.yaml").sentence()
 
 
+@pytest.mark.parametrize("word", ["-1", "0", "two"])
+def test_rows_to_show_are_counted_from_one(command: Command, word: str) -> None:
+    told = command("prepare", "--preview", word).sentence()
+    assert told == f"argument --preview: '{word}' is no number of rows; give 1 or more"
+
+
 def test_a_configuration_file_that_is_not_there(command: Command, here: Path) -> None:
     (here / "mine.yaml").write_text("")
     told = command("pretrain", "--config", "mime.yaml").sentence()
