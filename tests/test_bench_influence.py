@@ -1,4 +1,4 @@
-"""What remixing is compared with in its benchmark. Whether bars are met is for the script to say."""
+"""What remixing is compared with in its benchmark; the script itself judges its bars."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ from bitray.training.settings import TrainingSettings
 
 
 def test_static_mixtures_lie_on_the_bounds() -> None:
-    """8 sources between 0.05 and 0.6: code has 0.6, and 0.05 is left for one of the others or all."""
+    """8 sources between 0.05 and 0.6: code has 0.6, and 0.05 are left for one other or for all."""
     sources = ("code", "near", "mixed", "prose", "arithmetic", "tables", *JUNK)
     mixtures = []
 

@@ -73,22 +73,29 @@ def test_bounds_that_cannot_be_met_are_refused_in_one_sentence(
         project_to_bounds(np.ones(count), low, high)
 
 
+def advised(count: int, low: float, high: float) -> tuple[float, float]:
+    """The bounds that the refusal of others names; both who loads and who decides refuse."""
+    for check in (
+        lambda: bounds_in_units(count, low, high),
+        lambda: quantise(dict.fromkeys(names(count), 1.0), names(count), low, high),
+    ):
+        with pytest.raises(UserError, match="in steps of 1/4096; take min_weight") as refused:
+            check()
+    said = str(refused.value).split()
+    return float(said[said.index("up") + 2]), float(said[-2])
+
+
+def names(count: int) -> list[str]:
+    return [f"s{k}" for k in range(count)]
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 10, 64])
 def test_bounds_that_load_can_be_met_by_rounded_weights(count: int) -> None:
-    """At the edge and beside it: what is let through is never refused later, and the numbers that
-    the sentence advises are let through."""
-    names = [f"s{k}" for k in range(count)]
-    even = dict.fromkeys(names, 1.0)
-    for low, high in ((1 / count, 1.0), (0.0, 1 / count)):
-        if UNIT % count:
-            with pytest.raises(UserError, match="in steps of 1/4096; take min_weight") as refused:
-                bounds_in_units(count, low, high)
-            with pytest.raises(UserError, match="in steps of 1/4096; take min_weight"):
-                quantise(even, names, low, high)
-            said = str(refused.value).split()
-            low, high = float(said[said.index("up") + 2]), float(said[-2])
+    """At the edge: one over the count is met only where it is a multiple of a weight's unit."""
+    for edge in ((1 / count, 1.0), (0.0, 1 / count)):
+        low, high = edge if UNIT % count == 0 else advised(count, *edge)
         assert bounds_in_units(count, low, high)[0] * count <= UNIT
-        shares = quantise(even, names, low, high)
+        shares = quantise(dict.fromkeys(names(count), 1.0), names(count), low, high)
         assert sum(shares) == UNIT
         assert all(low <= share / UNIT <= high for share in shares)
 
