@@ -190,14 +190,15 @@ class MixtureActor:
         """All entries of a stage."""
         return [entry.to_json() for entry in self._mixture(name).plan.journal]
 
-    async def epochs(self, name: str, step: int) -> dict[str, float]:
-        """How often each source has been gone through after `step` steps, where that is known."""
-        mixture = self._mixture(name)
-        given = mixture.plan.cursors(step * mixture.stage.rows_per_step)
-        pairs = zip(mixture.plan.sizes.items(), given, strict=True)
-        return {
+    async def sources(self, name: str, step: int) -> dict[str, dict[str, float]]:
+        """Of the sources after `step` steps: the `weight` of each in the last one, and as `epoch`
+        how often it has been gone through, where that is known."""
+        plan, end = self._mixture(name).plan, step * self._mixture(name).stage.rows_per_step
+        pairs = zip(plan.sizes.items(), plan.cursors(end), strict=True)
+        epochs = {
             source: rows / size.rows for (source, size), rows in pairs if size.done and size.rows
         }
+        return {"weight": plan.weights(end - 1), "epoch": epochs}
 
     async def state(self, name: str, step: int) -> dict[str, Any]:
         """What a checkpoint of a stage after `step` steps holds; `open` takes it back."""

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from bitray.data.permutation import WINDOW, key_of, mix, place
-from bitray.data.weights import apportion, project_to_bounds, quantise
+from bitray.data.weights import UNIT, apportion, project_to_bounds, quantise
 from bitray.settings import UserError
 
 __all__ = ["Entry", "MixturePlan", "Rows", "SourceSize", "opening", "project_to_bounds"]
@@ -154,6 +154,12 @@ class MixturePlan:
         """How many rows each source has given before this place."""
         segment, _ = self._at(row)
         return tuple(segment.cursors(row - segment.first_row).tolist())
+
+    def weights(self, row: int) -> dict[str, float]:
+        """Token shares that were decided for this place, summing to 1."""
+        at = bisect.bisect_right(self.journal, row, key=lambda entry: entry.first_row) - 1
+        shares = zip(self.sources, self.journal[at].weights, strict=True)
+        return {name: weight / UNIT for name, weight in shares}
 
     def covers(self, row: int) -> bool:
         """Whether all rows before this place are there to be read."""

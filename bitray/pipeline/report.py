@@ -54,7 +54,7 @@ PICTURES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("Learning rate", ("schedule/lr_*",), "per step"),
     ("Quantisation strength and objective weights", ("schedule/strength", "schedule/*_weight"), ""),
     ("Mixture: realised shares", ("mixture/share_*",), "share of tokens"),
-    ("Mixture: decided weights", ("influence/weight_*",), "share of tokens"),
+    ("Mixture: decided weights", ("mixture/weight_*",), "share of tokens"),
     ("Influence of sources on probes", ("influence/score_*",), "score"),
     ("Loss by source", ("mixture/loss_*",), "nats"),
     ("Throughput", ("train/tokens_per_second",), "tokens/s"),
@@ -172,7 +172,8 @@ def drawn(figure: Any, title: str) -> str:
 
 def _influence(metrics: Sequence[Mapping[str, Any]]) -> str:
     """The matrix of the last decision: what each source does for each probe."""
-    held = [record for record in metrics if any(k.startswith(_SCORE) for k in record)]
+    held = [record for record in metrics if any(k.startswith(_WEIGHT) for k in record)]
+    held = [record for record in held if influence_matrix(record)]
     if not held:
         return ""
     from matplotlib.figure import Figure
@@ -194,16 +195,17 @@ def _influence(metrics: Sequence[Mapping[str, Any]]) -> str:
     return drawn(figure, f"Influence matrix (probes by sources), {where}")
 
 
-_SCORE, _WEIGHT = "influence/score_", "influence/weight_"
+_WEIGHT = "influence/weight_"
 
 
-def influence_matrix(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Probe -> source -> score, from the metrics of one decision. Names may hold underscores."""
+def influence_matrix(record: Mapping[str, Any], kind: str = "score") -> dict[str, dict[str, float]]:
+    """Probe -> source -> score, from the metrics of one decision; `kind` is `score` for those that
+    drive, else a method. Names may hold underscores."""
     sources = sorted((k.removeprefix(_WEIGHT) for k in record if k.startswith(_WEIGHT)), key=len)
     matrix: dict[str, dict[str, float]] = defaultdict(dict)
     for name, value in record.items():
-        if name.startswith(_SCORE):
-            pair = name.removeprefix(_SCORE)
+        if name.startswith(f"influence/{kind}_"):
+            pair = name.removeprefix(f"influence/{kind}_")
             source = next(s for s in reversed(sources) if pair.endswith(f"_{s}"))
             matrix[pair.removesuffix(f"_{source}")][source] = float(value)
     return dict(matrix)

@@ -8,14 +8,19 @@ from ray.util import metrics as ray_metrics
 from bitray import storage
 from bitray.pipeline.config import Config
 from bitray.pipeline.console import Say
+from bitray.pipeline.report import influence_matrix
 from bitray.training.metrics import Console, JsonLines, Sink, TensorBoard, WeightsAndBiases
+from bitray.training.scores import METHODS
 
 TAGGED = (
     ("mixture/share_", "", "source"), ("mixture/loss_", "", "source"), ("eval/", "_loss", "domain"),
-    ("mixture/epoch_", "", "source"), ("influence/weight_", "", "source"),
-    ("goodput/share_", "", "cause"), ("schedule/lr_", "", "group"),
+    ("mixture/epoch_", "", "source"), ("mixture/weight_", "", "source"),
+    ("influence/weight_", "", "source"), ("goodput/share_", "", "cause"),
+    ("schedule/lr_", "", "group"),
 )  # fmt: skip
 """What stands before and after a name within a metric's own, and the tag that takes the name."""
+Tagged = tuple[str, dict[str, str]]
+"""Name of a gauge, and its tags beside those that all have."""
 
 
 class RayMetrics:
@@ -29,13 +34,11 @@ class RayMetrics:
 
     def write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         step_itself = {} if self.own else {"train/step": float(step)}
+        pairs = _by_probe_and_source(metrics)
         for name, value in {**metrics, **step_itself}.items():
-            tags = {"run": self.run, "stage": stage, **self.own}
-            for before, after, tag in TAGGED:
-                if name.startswith(before) and name.endswith(after):
-                    tags[tag] = name.removeprefix(before).removesuffix(after)
-                    name = (before + after).strip("_").replace("/_", "/")  # noqa: PLW2901
-            self._gauge(name, tuple(tags)).set(value, tags)
+            gauge, apart = pairs.get(name) or _by_name(name)
+            tags = {"run": self.run, "stage": stage, **self.own, **apart}
+            self._gauge(gauge, tuple(tags)).set(value, tags)
 
     def _gauge(self, name: str, tags: tuple[str, ...]) -> ray_metrics.Gauge:
         if name not in self.gauges:
@@ -45,6 +48,26 @@ class RayMetrics:
 
     def flush(self) -> None: ...
     def close(self) -> None: ...
+
+
+def _by_name(name: str) -> Tagged:
+    for before, after, tag in TAGGED:
+        if name.startswith(before) and name.endswith(after):
+            own = name.removeprefix(before).removesuffix(after)
+            return (before + after).strip("_").replace("/_", "/"), {tag: own}
+    return name, {}
+
+
+def _by_probe_and_source(metrics: Mapping[str, float]) -> dict[str, Tagged]:
+    """Of the scores of a decision."""
+    return {
+        f"influence/{kind}_{probe}_{source}": (
+            f"influence/{kind}", {"probe": probe, "source": source}
+        )
+        for kind in ("score", *METHODS)
+        for probe, row in influence_matrix(metrics, kind).items()
+        for source in row
+    }  # fmt: skip
 
 
 def sinks_of(config: Config, stage: str, step: int, run_id: str, say: Say) -> list[Sink]:

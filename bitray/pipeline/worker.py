@@ -341,11 +341,16 @@ class Stage:
     # ----------------------------------------------------------------------------- side work
 
     def on_log(self, loop: Loop) -> None:
-        """How often every source has been gone through, and where the run's time goes."""
+        """What the sources' weights are, how often each has been gone through, and where the run's
+        time goes."""
         if self.ledger is not None:
-            epochs = self.ask("epochs", loop.data_step)
-            gone = {f"mixture/epoch_{name}": count for name, count in epochs.items()}
-            loop.write({**gone, **self.ledger.metrics(self.settings.save_every)})
+            sources = self.ask("sources", loop.data_step)
+            told = {
+                f"mixture/{what}_{name}": value
+                for what, each in sources.items()
+                for name, value in each.items()
+            }
+            loop.write({**told, **self.ledger.metrics(self.settings.save_every)})
 
     def on_evaluate(self, loop: Loop) -> None:
         """Held-out losses on the way; a new best is kept. The end has its own evaluation."""

@@ -119,6 +119,22 @@ def test_an_unknown_stage_before_is_refused(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
+def test_weights_are_those_in_force_in_the_last_step(tmp_path: Path) -> None:
+    """A phase begins with step 30; a decision of step 20 takes effect with step 36."""
+
+    async def story() -> None:
+        actor = MixtureActor(str(tmp_path))
+        phases = ((30, {"a": 0.75, "b": 0.25}),)
+        await actor.open("s", stage(period=20, lead=16, phases=phases))
+        await actor.set_weights("s", 20, {"a": 1.0, "b": 1.0})
+        weights = {step: (await actor.sources("s", step))["weight"] for step in (1, 30, 31, 36, 37)}
+        assert weights[1] == weights[30] == WEIGHTS
+        assert weights[31] == weights[36] == {"a": 0.75, "b": 0.25}
+        assert weights[37] == {"a": 0.5, "b": 0.5}
+
+    asyncio.run(story())
+
+
 GROWING = {**SIZES, "b": SourceSize(106, 3000, 400, False)}
 
 
@@ -142,7 +158,8 @@ def test_planning_waits_for_rows_that_are_being_prepared(tmp_path: Path) -> None
         # Every start of the workers opens the stage as the driver knew it at first.
         generation = await actor.open("s", stage(sizes=GROWING))
         assert await actor.plan("s", generation, [last], timeout=0.05) is not None
-        assert (await actor.epochs("s", 50))["b"] == pytest.approx(plan.cursors(400)[1] / 400)
+        epochs = (await actor.sources("s", 50))["epoch"]
+        assert epochs["b"] == pytest.approx(plan.cursors(400)[1] / 400)
 
     asyncio.run(story())
 

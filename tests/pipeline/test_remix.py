@@ -66,6 +66,10 @@ def test_decisions_are_taken_recorded_and_take_effect(remixed: Road) -> None:
     assert len(shares) == STEPS
     logged = remixed.metrics("stage0", "influence/weight_code")
     assert logged == [entry["weights"][0] / 4096 for entry in journal[1:]]
+    before = [[e for e in journal if e["first_row"] < 6 * step][-1] for step in range(1, STEPS + 1)]
+    for number, source in enumerate(SOURCES):
+        in_force = remixed.metrics("stage0", f"mixture/weight_{source}")
+        assert in_force == [entry["weights"][number] / 4096 for entry in before]
 
 
 @pytest.mark.ray
@@ -83,7 +87,8 @@ def test_the_report_shows_the_mixture_and_the_matrix(remixed: Road) -> None:
 @pytest.mark.ray
 def test_wandb_gets_what_is_told_by_source(remixed: Road) -> None:
     """Decided weights, realised shares, the influence matrix, losses: all numbers of the file."""
-    by_source = ("mixture/share_", "mixture/loss_", "influence/weight_", "influence/score_code_")
+    by_source = ("mixture/share_", "mixture/loss_", "mixture/weight_", "influence/weight_",
+                 "influence/score_code_")  # fmt: skip
     told: dict[int, dict[str, float]] = {}
     for record in remixed.lines("stage0"):
         told.setdefault(record["step"], {}).update(

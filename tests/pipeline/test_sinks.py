@@ -138,7 +138,11 @@ def test_gauges_stand_at_the_nodes_metrics_endpoint(ray_cluster: None) -> None:
 
     sink = RayMetrics("a-run")
     for step, loss in ((1, 3.5), (2, 2.25)):
-        sink.write("stage2", step, {"train/loss": loss, "mixture/share_code": 0.4})
+        sink.write("stage2", step, {
+            "train/loss": loss, "mixture/share_code": 0.4, "mixture/weight_code": 0.5,
+            "influence/weight_code": 0.6, "influence/weight_old_code": 0.4,
+            "influence/score_my_code_old_code": 0.25, "influence/dot_code_code": 8.0,
+        })  # fmt: skip
     port = ray.nodes()[0]["MetricsExportPort"]
 
     def scraped() -> str:
@@ -147,11 +151,19 @@ def test_gauges_stand_at_the_nodes_metrics_endpoint(ray_cluster: None) -> None:
 
     page = _until(scraped, 'run="a-run"')
     lines = {line.split("{")[0]: line for line in page.splitlines() if 'run="a-run"' in line}
-    for name, value in (("train_loss", 2.25), ("train_step", 2.0), ("mixture_share", 0.4)):
+    for name, value in (("train_loss", 2.25), ("train_step", 2.0), ("mixture_share", 0.4),
+                        ("mixture_weight", 0.5), ("influence_score", 0.25),
+                        ("influence_dot", 8.0)):  # fmt: skip
         line = next(v for k, v in lines.items() if k.endswith(f"bitray_{name}"))
         assert float(line.split()[-1]) == value
         assert 'stage="stage2"' in line
-    assert 'source="code"' in lines[next(k for k in lines if k.endswith("mixture_share"))]
+    by_source = {name: lines[next(k for k in lines if k.endswith(name))] for name in (
+        "mixture_share", "mixture_weight", "influence_score", "influence_dot")}  # fmt: skip
+    assert 'source="code"' in by_source["mixture_share"]
+    assert 'source="code"' in by_source["mixture_weight"]
+    assert 'probe="my_code"' in by_source["influence_score"]
+    assert 'source="old_code"' in by_source["influence_score"]
+    assert 'probe="code"' in by_source["influence_dot"]
 
 
 def _until(ask: Callable[[], str], word: str, seconds: float = 60) -> str:

@@ -106,11 +106,16 @@ def wait_for(done: Callable[[], bool], seconds: float) -> None:
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_run_is_seen_by_prometheus(configured: Callable[..., Config], tmp_path: Path) -> None:
     """A metric that a panel asks for and nobody exports would be an empty panel for ever. A peak is
-    given, for a CPU has none and no utilisation without."""
+    given, for a CPU has none and no utilisation without; and there are decisions."""
     import ray
     from ray.train.v2._internal.state.state_actor import get_state_actor
 
-    config = configured("watched", "cost.peak_tflops=0.05", "training.log_every=2")
+    influence = {"enabled": True, "warmup_steps": 2, "update_interval": 2, "budget": 99,
+                 "probe_rows": 4, "group_rows": 2}  # fmt: skip
+    config = configured(
+        "watched", "cost.peak_tflops=0.05", "training.log_every=2", "data.split.probe=0.1",
+        *(f"stages.stage2.influence.{name}={value}" for name, value in influence.items()),
+    )  # fmt: skip
     target = f"127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}"
     with prometheus(tmp_path, target) as ask:
         run(config)
@@ -126,3 +131,5 @@ def test_a_run_is_seen_by_prometheus(configured: Callable[..., Config], tmp_path
         assert any(each.name.endswith("stage2") for each in runs), "the dashboard's Train tab"
         sources = ask("count by (source) (last_over_time(ray_bitray_mixture_share[1h]))")
         assert {each["metric"]["source"] for each in sources} == set(config.data.sources)
+        pairs = ask("count by (probe, source) (last_over_time(ray_bitray_influence_score[1h]))")
+        assert len(pairs) == len(config.data.sources) ** 2
