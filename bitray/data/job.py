@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from bitray import storage
@@ -140,12 +141,18 @@ Work = Callable[[Job, Sequence[Unit]], Iterator[UnitResult]]
 """Does units, in any order."""
 
 
-def inputs_of(settings: DataSettings) -> dict[str, list[FileInfo]]:
-    """The inputs of every source. `UserError` naming the sources that are not there or empty."""
+Pinned = Mapping[str, Sequence[FileInfo]]
+"""Inputs on the Hub as they once were, by what sources call them there (`SourceSettings.hub`)."""
+NOTHING: Pinned = MappingProxyType({})
+
+
+def inputs_of(settings: DataSettings, pinned: Pinned = NOTHING) -> dict[str, Sequence[FileInfo]]:
+    """The inputs of every source: the `pinned` ones, and what the others have now. `UserError`
+    naming the sources that are not there or empty."""
     inputs, wrong = {}, []
     for name, source in settings.sources.items():
         try:
-            inputs[name] = source.inputs()
+            inputs[name] = pinned.get(source.hub) or source.inputs()
         except UserError as error:
             wrong.append(f"source '{name}': {error}")
     if wrong:
@@ -154,12 +161,16 @@ def inputs_of(settings: DataSettings) -> dict[str, list[FileInfo]]:
 
 
 def plan_job(
-    settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", length: int, root_uri: str
+    settings: DataSettings,
+    tokenizer: "PreTrainedTokenizerBase",
+    length: int,
+    root_uri: str,
+    pinned: Pinned = NOTHING,
 ) -> Job:
     """List all inputs. `UserError` for a source that is not there or holds no file."""
     return Job(
         settings=settings,
-        inputs=inputs_of(settings),
+        inputs=inputs_of(settings, pinned),
         length=length,
         root_uri=root_uri,
         tokenizer=tokenizer_identity(tokenizer),

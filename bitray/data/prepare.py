@@ -28,11 +28,6 @@ def prepare(settings: DataSettings, tokenizer_path: str, length: int, root_uri: 
     return run_job(plan_job(settings, load_tokenizer(tokenizer_path), length, root_uri), on_ray)
 
 
-def prepared_identity(settings: DataSettings, tokenizer_path: str, length: int) -> str:
-    """Hash of all that determines the rows, as `Manifest.identity`: a name for their folder."""
-    return plan_job(settings, load_tokenizer(tokenizer_path), length, "").identity
-
-
 def on_ray(
     job: Job,
     units: Sequence[Unit],

@@ -65,6 +65,12 @@ class SourceSettings(Settings):
     max_tokens: int | None = Field(None, ge=1)
     """As `max_documents`, whole documents as long as they fit."""
 
+    @property
+    def hub(self) -> str:
+        """What it is called on the Hugging Face Hub, where its inputs may change; "" if it lies
+        elsewhere."""
+        return ""
+
     def inputs(self) -> list[FileInfo]:
         """Every input with size and identity. `UserError` if there is none."""
         raise NotImplementedError
@@ -96,9 +102,15 @@ class LocalSource(SourceSettings, RowSettings):
     type: Literal["local"] = "local"
     path: str
     """Folder, file or glob of parquet, jsonl or json lines (also .gz, .zst) or txt: local, s3://,
-    gs:// or hf://datasets/OWNER/NAME[@REVISION]/..."""
+    gs:// or hf://datasets/OWNER/NAME[@REVISION]/...; a run goes on with the commit that it began
+    with, whatever a branch is by then."""
     document_separator: str | None = Field(None, min_length=1)
     """Between the documents of a txt file; by default a file is one document."""
+
+    @property
+    def hub(self) -> str:
+        """Its path."""
+        return self.path if self.path.startswith("hf://") else ""
 
     def inputs(self) -> list[FileInfo]:
         """The files, sorted by name."""
@@ -133,7 +145,13 @@ class StreamingSource(SourceSettings, RowSettings):
     """Of the configuration; None: the default one."""
     split: str = "train"
     revision: str | None = None
-    """Branch, tag or commit; the commit that it is when preparation is planned is recorded."""
+    """Branch, tag or commit; a run goes on with the commit that it is when the run begins."""
+
+    @property
+    def hub(self) -> str:
+        """All that names it."""
+        local = storage.is_local_folder(self.path)
+        return "" if local else json.dumps([self.path, self.name, self.split, self.revision])
 
     def inputs(self) -> list[FileInfo]:
         """One: the dataset at its commit."""

@@ -11,7 +11,18 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from bitray import storage
-from bitray.data.job import TOKENIZER, Job, Task, UnitResult, check_skipped, result_name, shard_name
+from bitray.data.job import (
+    NOTHING,
+    TOKENIZER,
+    Job,
+    Pinned,
+    Task,
+    UnitResult,
+    check_skipped,
+    inputs_of,
+    result_name,
+    shard_name,
+)
 from bitray.data.limits import Left
 from bitray.data.manifest import KEPT_PLACES, SPLITS, Counts, Shard, Skipped, SplitName
 from bitray.data.packing import Packer
@@ -21,6 +32,7 @@ from bitray.data.shards import ShardWriter
 from bitray.data.sources import Source, Unit
 from bitray.data.tokenizer import SLICE, Encoder
 from bitray.settings import UserError
+from bitray.storage import FileInfo
 
 BATCH = 1024
 """Documents tokenised at once, unless they are long."""
@@ -69,12 +81,15 @@ def split_of(text: str, held_out: HeldOut) -> SplitName:
 
 
 def documents(
-    settings: DataSettings, split: SplitName = "train", max_bytes: int | None = None
+    settings: DataSettings,
+    split: SplitName = "train",
+    max_bytes: int | None = None,
+    pinned: Pinned = NOTHING,
 ) -> Iterator[str]:
     """Texts of one split of all sources, up to `max_bytes` of each: to train a tokenizer on."""
-    for name, source in settings.sources.items():
+    for name, inputs in inputs_of(settings, pinned).items():
         left = float("inf") if max_bytes is None else max_bytes
-        for text in _texts(name, source, settings):
+        for text in _texts(name, inputs, settings):
             if split_of(text, settings.split) == split:
                 left -= len(text.encode())
                 if left < 0:
@@ -82,9 +97,9 @@ def documents(
                 yield text
 
 
-def _texts(name: str, source: Source, settings: DataSettings) -> Iterator[str]:
-    tally = Tally(name, settings.max_bad_rows)
-    units = source.units(name, source.inputs(), settings.unit_bytes)
+def _texts(name: str, inputs: Sequence[FileInfo], settings: DataSettings) -> Iterator[str]:
+    source, tally = settings.sources[name], Tally(name, settings.max_bad_rows)
+    units = source.units(name, inputs, settings.unit_bytes)
     found = (one for unit in units for part in unit.parts for one in source.read(part))
     for one in itertools.islice(filter(tally.takes, found), source.max_documents):
         yield f"{one.prompt}{one.text}"

@@ -12,9 +12,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bitray import storage
-from bitray.data import DataSettings
+from bitray.data.job import Job, plan_job
 from bitray.data.manifest import read_manifest
-from bitray.data.prepare import prepare, prepared_identity
+from bitray.data.preparation import run_job
+from bitray.data.prepare import on_ray
 from bitray.data.shards import Shards, held_out
 from bitray.data.tokenizer import check_vocabulary
 from bitray.export import write_gguf, write_huggingface
@@ -28,7 +29,7 @@ from bitray.pipeline.config import Config
 from bitray.pipeline.evaluations import batches_of, read_evaluations
 from bitray.pipeline.finish import as_trained, model_card
 from bitray.pipeline.folders import config_of, resolve_checkpoint, run_of
-from bitray.pipeline.material import Material, tokenizer_of
+from bitray.pipeline.material import Material, pinned, rooted
 from bitray.pipeline.report import Table
 from bitray.pipeline.requests import Evaluation, Export, Generation, Serving
 from bitray.pipeline.run import located
@@ -77,12 +78,12 @@ def _tasks(
 
 
 def _losses(arguments: Evaluation, where: str, model: PreTrainedModel) -> Table:
-    data, length, root = _held_out_data(arguments, where, model.config.max_position_embeddings)
-    manifest = read_manifest(root)
+    job = _held_out_data(arguments, where, model.config.max_position_embeddings)
+    manifest = read_manifest(job.root_uri)
     if manifest is None:
         with ray_session():
-            manifest = prepare(data, where, length, root)
-    rows = held_out(Shards(root, manifest), "validation", arguments.rows)
+            manifest = run_job(job, on_ray)
+    rows = held_out(Shards(job.root_uri, manifest), "validation", arguments.rows)
     if not rows:
         raise UserError(
             "data.split.validation: no source has a held-out document; give more text or raise it"
@@ -106,8 +107,8 @@ def _losses(arguments: Evaluation, where: str, model: PreTrainedModel) -> Table:
     )
 
 
-def _held_out_data(arguments: Evaluation, where: str, most: int) -> tuple[DataSettings, int, str]:
-    """Data, row length, and the folder of its prepared rows."""
+def _held_out_data(arguments: Evaluation, where: str, most: int) -> Job:
+    """What is to be prepared, if it is not."""
     run_dir = run_of(where)
     data, length, output = arguments.data, arguments.max_seq_length, arguments.output_dir
     if data is None or length is None:
@@ -121,15 +122,9 @@ def _held_out_data(arguments: Evaluation, where: str, most: int) -> tuple[DataSe
             data, output = data or config.data, config.output_dir
             length = length or max(s.max_seq_length for s in config.stages.values())
     assert data is not None
-    length = min(length or 1024, most)
-    identity = prepared_identity(data, where, length)
-    return (
-        data,
-        length,
-        storage.absolute(
-            storage.join(data.prepared_dir or storage.join(output, "prepared"), identity[:16])
-        ),
-    )
+    on_hub = pinned(run_dir) if run_dir else {}
+    job = plan_job(data, load_tokenizer(where), min(length or 1024, most), "", on_hub)
+    return rooted(job, storage.absolute(data.prepared_dir or storage.join(output, "prepared")))
 
 
 def generate_text(arguments: Generation) -> str:
@@ -192,7 +187,7 @@ def _card(where: str) -> dict[str, Any]:
 def preview(config: Config, rows: int) -> str:
     """The first rows of every source as training sees them; what no label asks for in ⟦ ⟧."""
     config = located(config)
-    material = Material(config, tokenizer_of(config))
+    material = Material(config)
     folder = material.folders[max(material.kinds)]
     manifest, tokenizer = read_manifest(folder), load_tokenizer(material.tokenizer)
     assert manifest is not None, f"{folder} was just prepared"

@@ -2,7 +2,7 @@
 
 import tempfile
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bitray import storage
 from bitray.data import prepare
-from bitray.data.job import Job, inputs_of, plan_job
+from bitray.data.job import Job, Pinned, inputs_of, plan_job
 from bitray.data.manifest import Manifest, digest
 from bitray.data.overlap import overlap
 from bitray.data.preparation import Preparation
@@ -21,9 +21,13 @@ from bitray.data.units import documents
 from bitray.models.loading import load_tokenizer
 from bitray.pipeline.config import Config
 from bitray.pipeline.groups import RowKind
+from bitray.storage import FileInfo
 
 TOKENIZER_BYTES = 10_000_000
 """Text of each source that a tokenizer is trained on, at most."""
+
+PINNED = "hub.json"
+"""File of a run with its inputs on the Hub."""
 
 
 def prepared_root(config: Config) -> str:
@@ -36,14 +40,34 @@ def named_tokenizer(config: Config) -> str | None:
     return config.model.tokenizer or config.model.path
 
 
-def tokenizer_of(config: Config) -> str:
+def pinned(run_dir: str) -> dict[str, list[FileInfo]]:
+    """The inputs on the Hub with which a run began."""
+    uri = storage.join(run_dir, PINNED)
+    held = storage.read_json(uri) if storage.exists(uri) else {}
+    return {name: [FileInfo(*one) for one in files] for name, files in held.items()}
+
+
+def pin(run_dir: str, inputs: Pinned) -> None:
+    """Have a run go on with these, whatever is pushed by then and whether the Hub answers."""
+    if inputs:
+        storage.write_json(storage.join(run_dir, PINNED), {**pinned(run_dir), **inputs})
+
+
+def inputs_on_hub(config: Config) -> dict[str, Sequence[FileInfo]]:
+    """Those with which the run began, else those of now. `UserError` for inputs, wherever they
+    are, that are not there."""
+    inputs = inputs_of(config.data, {} if config.resume.fresh else pinned(config.run_dir))
+    return {source.hub: inputs[name] for name, source in config.data.sources.items() if source.hub}
+
+
+def _tokenizer_of(config: Config, on_hub: Pinned) -> str:
     """Id or folder of the tokenizer; trains one of the model's own vocabulary where none is named,
     once for the same data."""
     named = named_tokenizer(config)
     if named is not None:
         return named
     assert config.model.config is not None
-    size, inputs = config.model.config.get("vocab_size", 32000), inputs_of(config.data)
+    size, inputs = config.model.config.get("vocab_size", 32000), inputs_of(config.data, on_hub)
     sources = {
         name: [source.model_dump(mode="json", exclude=ASIDE), [list(one) for one in inputs[name]]]
         for name, source in config.data.sources.items()
@@ -53,7 +77,7 @@ def tokenizer_of(config: Config) -> str:
     if not storage.exists(storage.join(folder, "tokenizer.json")):
         print(f"tokenizer: training {size} tokens", flush=True)
         with tempfile.TemporaryDirectory() as temporary:
-            texts = documents(config.data, max_bytes=TOKENIZER_BYTES)
+            texts = documents(config.data, max_bytes=TOKENIZER_BYTES, pinned=on_hub)
             train_tokenizer(texts, size).save_pretrained(temporary)
             # its main file last: where that is, the tokenizer is whole
             files = sorted(Path(temporary).iterdir(), key=lambda p: p.name == "tokenizer.json")
@@ -62,11 +86,18 @@ def tokenizer_of(config: Config) -> str:
     return folder
 
 
-class Material:
-    """Prepared rows by kind. Identities are known before anything is prepared."""
+def rooted(job: Job, folder: str) -> Job:
+    """The job whose rows lie below this folder, under a name of their own."""
+    return replace(job, root_uri=storage.join(folder, job.identity[:16]))
 
-    def __init__(self, config: Config, tokenizer: str) -> None:
-        self.config, self.tokenizer = config, tokenizer
+
+class Material:
+    """A tokenizer, and prepared rows by kind. Identities are known before they are prepared."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.on_hub = config, inputs_on_hub(config)
+        self.tokenizer = _tokenizer_of(config, self.on_hub)
+        """Its id or folder."""
         self.kinds = sorted({RowKind.of(stage) for stage in config.stages.values()})
         self.jobs = {kind: self._job(kind) for kind in self.kinds}
 
@@ -111,8 +142,8 @@ class Material:
 
     def _job(self, kind: RowKind) -> Job:
         data = self._data(kind)
-        job = plan_job(data, load_tokenizer(self.tokenizer), kind.length, "")
-        return replace(job, root_uri=storage.join(prepared_root(self.config), job.identity[:16]))
+        job = plan_job(data, load_tokenizer(self.tokenizer), kind.length, "", self.on_hub)
+        return rooted(job, prepared_root(self.config))
 
     def _data(self, kind: RowKind) -> DataSettings:
         return self.config.data.model_copy(update={} if kind.packed else {"open_bins": 0})

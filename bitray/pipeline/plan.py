@@ -10,7 +10,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bitray import checkpoint
-from bitray.data.job import inputs_of
 from bitray.data.tokenizer import check_vocabulary, tokenizer_identity
 from bitray.export import can_export
 from bitray.export.huggingface import form_of
@@ -32,6 +31,7 @@ from bitray.pipeline.cluster import coming, reserved_cpus
 from bitray.pipeline.config import Config
 from bitray.pipeline.cost import Expected, duration, money
 from bitray.pipeline.folders import named_checkpoint, stage_folder
+from bitray.pipeline.material import inputs_on_hub
 from bitray.pipeline.remix import schedule_of_mixture
 from bitray.pipeline.report import Table
 from bitray.pipeline.session import ray_session
@@ -356,7 +356,7 @@ def idle_turns(config: Config, stage: str) -> str | None:
 def plan(config: Config) -> str:
     """What `run` would do, as text; checks everything that can be checked without training."""
     check_resources(config, resources())
-    inputs_of(config.data)
+    inputs_on_hub(config)
     model = outline(config)
     parameters = sum(p.numel() for p in model.parameters())
     known = config.model.tokenizer or config.model.path

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from bitray import lease, storage
 from bitray.data.actor import mixture_actor
-from bitray.data.job import inputs_of
 from bitray.data.manifest import Manifest, digest
 from bitray.events import FOLDER, Events
 from bitray.lease import Claim
@@ -33,9 +32,10 @@ from bitray.pipeline.identity import claim
 from bitray.pipeline.interrupt import stoppable
 from bitray.pipeline.material import (
     Material,
+    inputs_on_hub,
     named_tokenizer,
+    pin,
     prepared_beside,
-    tokenizer_of,
 )
 from bitray.pipeline.plan import (
     check_model,
@@ -65,7 +65,7 @@ def run(config: Config) -> Result:
     `UserError` for anything that the user can put right, as early as it can be known.
     """
     began, config = time.time(), located(config)
-    inputs_of(config.data)
+    inputs_on_hub(config)
     model = outline(config)
     check_model(config, model, named_tokenizer(config))
     with (
@@ -84,16 +84,16 @@ def _run(
     check_resources(config, resources())
     preflight(config)
     wanted = expected(config, model)  # once it is known that a probe finds its place
-    tokenizer = tokenizer_of(config)
+    material = Material(config)
     if named_tokenizer(config) is None:  # it has not been seen before
-        check_teacher(config, load_tokenizer(tokenizer))
-    material = Material(config, tokenizer)
+        check_teacher(config, load_tokenizer(material.tokenizer))
     if config.resume.fresh:
         _check_held_out(material.open())  # nothing goes for a run that cannot begin
         _clear(config.run_dir)
         events.write("fresh")
     parts = {str(kind): job.parts for kind, job in material.jobs.items()}
     fingerprint = claim(config, parts, events)
+    pin(config.run_dir, material.on_hub)
     goodput.begin(config.run_dir, began)
     estimate = storage.join(config.run_dir, ESTIMATE)
     if config.probe or not storage.exists(estimate):
@@ -221,7 +221,9 @@ def prepare_only(config: Config) -> Table:
     """Prepare the rows of all stages; their counts."""
     config = located(config)
     with ray_session():
-        manifests = Material(config, tokenizer_of(config)).prepare()
+        material = Material(config)
+        pin(config.run_dir, material.on_hub)
+        manifests = material.prepare()
     header = ("source", "length", "documents", "tokens", "rows", "padding", "cut", "skipped")
     rows = [
         (

@@ -14,6 +14,7 @@ from bitray.data.manifest import digest
 from bitray.pipeline.cli import causes
 from bitray.pipeline.config import Config
 from bitray.pipeline.evaluations import CONVERTED, EVALUATIONS, read_evaluations
+from bitray.pipeline.material import pin, pinned
 from bitray.pipeline.report import read_metrics
 from bitray.pipeline.run import run
 from bitray.settings import UserError
@@ -109,7 +110,9 @@ def _hopeless(error: BaseException) -> str | None:
 
 
 def share(config: Config, base: str) -> None:
-    """Tell the folder of a trial what became of the stages that all have in common."""
+    """Tell the folder of a trial what became of the stages that all have in common, and with which
+    inputs they began."""
+    pin(config.run_dir, pinned(base))
     evaluations = storage.join(config.run_dir, EVALUATIONS)
     if not storage.exists(evaluations):
         known = read_evaluations(base).items()

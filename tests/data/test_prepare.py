@@ -9,7 +9,7 @@ import pytest
 from bitray.data import DataSettings, train_tokenizer
 from bitray.data.job import TOKENIZER, plan_job
 from bitray.data.preparation import run_job
-from bitray.data.prepare import on_ray, prepare, prepared_identity
+from bitray.data.prepare import on_ray, prepare
 from bitray.data.units import in_process
 from bitray.settings import UserError
 
@@ -56,7 +56,7 @@ def test_it_does_its_work_once_and_as_one_process_would(data, tokenizer, tmp_pat
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     assert prepare(data, tokenizer, 64, str(root)) == manifest
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
-    assert prepared_identity(data, tokenizer, 64) == manifest.identity()
+    assert plan_job(data, TOKENIZER_OF_TEXTS, 64, "").identity == manifest.identity()
     with pytest.raises(UserError, match="length differs"):
         prepare(data, tokenizer, 32, str(root))
 

@@ -17,7 +17,7 @@ from bitray.data.shards import Shards
 from bitray.models.loading import build_model, load_model, load_teacher
 from bitray.models.losses import LossModel
 from bitray.pipeline.finish import Result
-from bitray.pipeline.material import Material, tokenizer_of
+from bitray.pipeline.material import Material
 from bitray.training import state
 from bitray.training.loop import Loop, autocast_for, seed_of
 from bitray.training.state import Position
@@ -56,7 +56,7 @@ class Road:
     @cached_property
     def shards(self) -> Shards:
         """The rows that all stages of this run were prepared with."""
-        (root,) = set(Material(self.config, tokenizer_of(self.config)).folders.values())
+        (root,) = set(Material(self.config).folders.values())
         manifest = read_manifest(root)
         assert manifest is not None
         return Shards(root, manifest)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_server import Hub
 from road import Road
 
 from bitray import Config
@@ -23,10 +24,12 @@ from bitray.data.sources import Unit
 from bitray.models.loading import build_model, save_model
 from bitray.pipeline.groups import RowKind
 from bitray.pipeline.material import Material, prepared_beside
-from bitray.pipeline.run import run
+from bitray.pipeline.run import prepare_only, run
 from bitray.settings import UserError
+from bitray.tuning.trial import share
 
 STAGE, STEPS = "stage0", 6
+FRESH = "resume.fresh=true"
 
 
 @pytest.fixture
@@ -223,3 +226,50 @@ def _setting(event: threading.Event, join: Callable[..., None]) -> Callable[...,
         join(thread, timeout)
 
     return joined
+
+
+@pytest.fixture
+def on_hub(hub: Hub, tmp_path: Path) -> Callable[..., Config]:
+    """A run on a dataset of the Hub, whose rows a model's own tokenizer makes."""
+    (tmp_path / "corpus").mkdir()
+    lines = "".join(json.dumps({"text": f"number {k} of many"}) + "\n" for k in range(200))
+    (tmp_path / "corpus" / "a.jsonl").write_text(lines)
+    hub.push("org/corpus", tmp_path / "corpus")
+
+    def of(experiment: str, revision: str = "", *more: str) -> Config:
+        return Config.load(overrides=[
+            f"output_dir={tmp_path}", f"experiment={experiment}", "data=local",
+            f"data.sources.texts.path=hf://datasets/org/corpus{revision}",
+            "model.config.vocab_size=265", *more,
+        ])  # fmt: skip
+
+    return of
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_run_goes_on_with_the_commit_it_began_with(
+    on_hub: Callable[..., Config], hub: Hub, tmp_path: Path
+) -> None:
+    """Files, tokenizer and names of rows are those of the start: whatever is pushed, and where the
+    Hub is gone. Another run, another revision and a fresh start are of what is there by then."""
+
+    def commit(config: Config) -> str:
+        [job, *_] = Material(config).jobs.values()
+        return job.inputs["texts"][0].uri.split("@")[1].split("/")[0]
+
+    table = prepare_only(on_hub("run")).text()
+    begun = Material(on_hub("run"))
+    hub.push("org/corpus", tmp_path / "corpus")
+    first, later = hub.commits["org/corpus"]
+    again = Material(on_hub("run"))
+    assert (again.folders, again.tokenizer) == (begun.folders, begun.tokenizer)
+    assert commit(on_hub("run")) == commit(on_hub("other", f"@{first}")) == first
+    assert commit(on_hub("other")) == commit(on_hub("run", "", FRESH)) == later
+    assert commit(on_hub("run", f"@{later}")) == later
+    hub.close()
+    assert prepare_only(on_hub("run")).text() == table
+    with pytest.raises(UserError, match="cannot be reached"):
+        commit(on_hub("other"))
+    share(on_hub("trial"), begun.config.run_dir)
+    assert commit(on_hub("trial")) == first, "trials have what they share from the same commit"
