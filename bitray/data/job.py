@@ -227,7 +227,8 @@ def manifest_of(job: Job, sources: Mapping[str, SourceManifest]) -> Manifest:
 def summed(job: Job, name: str, results: Sequence[UnitResult], done: bool = True) -> SourceManifest:
     """A source from the results of its units, all that count or those from the first on.
 
-    `UserError` if too many of its rows were bad, or nothing is left to train on.
+    `UserError` if too many of its rows were bad, of all or up to the end of any window, so that
+    what stops the job does not depend on how far it has come; or if nothing is left to train on.
     """
     source = job.settings.sources[name]
     splits, opening = dict.fromkeys(SPLITS, Counts()), dict.fromkeys(SPLITS, Counts())
@@ -235,9 +236,11 @@ def summed(job: Job, name: str, results: Sequence[UnitResult], done: bool = True
     for result in results:
         counted.update(rows=result.input_rows, empty=result.empty, filtered=result.filtered)
         skipped = skipped.plus(result.skipped)
-        opened = splits["train"].rows >= job.settings.window
+        windows = splits["train"].rows // job.settings.window
         splits = {split: splits[split].plus(result.splits[split]) for split in SPLITS}
-        opening = opening if opened else splits
+        opening = opening if windows else splits
+        if splits["train"].rows // job.settings.window > windows:
+            check_skipped(name, counted["rows"], skipped, job.settings.max_bad_rows)
     found = SourceManifest(
         licence=source.licence,
         input_rows=counted["rows"],
@@ -258,8 +261,8 @@ def summed(job: Job, name: str, results: Sequence[UnitResult], done: bool = True
 
 
 def check_skipped(name: str, rows: int, skipped: Skipped, share: float) -> None:
-    """`UserError` if more than `share` of the rows, and more than one, were bad."""
-    if skipped.count > max(1, int(share * rows)):
+    """`UserError` if more than `share` of the rows were bad; one may be, unless none may."""
+    if skipped.count > max(share > 0, int(share * rows)):
         places = "; ".join(skipped.places[:SHOWN])
         raise UserError(
             f"source '{name}': {skipped.count} of {rows} rows are unusable, more than "

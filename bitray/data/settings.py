@@ -54,7 +54,7 @@ class DataSettings(Settings):
     open_bins: int = Field(32, ge=0, le=4096)
     """Rows that packing keeps open; 0: one document a row (see `training.packing.enabled`)."""
     max_bad_rows: float = Field(0.001, ge=0, le=1)
-    """Share of a source's rows that may be unreadable (always at least one row)."""
+    """Share of a source's rows that may be unreadable, and at least one row; 0: none."""
     unit_bytes: int = Field(64 << 20, ge=1)
     """Input that one task prepares. Part of the result: units do not share rows."""
     window: int = Field(WINDOW, ge=1)

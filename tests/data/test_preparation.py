@@ -193,3 +193,24 @@ def test_where_it_is_interrupted_it_goes_on(tmp_path: Path) -> None:
     assert again.manifest.done and again.manifest.num_rows("a") == 240_000
     assert asked[0] + asked[1][:1] + asked[2] == list(range(8))
     assert 30_000 * len(asked[0]) >= WINDOW
+
+
+@pytest.mark.parametrize("forwards", [True, False])
+def test_bad_rows_stop_it_before_training_whatever_comes_later(
+    tmp_path: Path, forwards: bool
+) -> None:
+    """100 of the first 90,000 rows are more than 0.1 %, if not of all; a window ends within them.
+    Where more are allowed, the same preparation goes on."""
+    job = job_of(tmp_path, {"a": [30_000] * 8}, row_bytes=30)
+
+    def work(job: Job, units: Sequence[Unit]) -> Iterator[UnitResult]:
+        for unit in units if forwards else reversed(units):
+            bad = Skipped(count=100 * (unit.number == 1), places=("here",))
+            yield result_of(job, unit, 30_000).model_copy(update={"skipped": bad})
+
+    with pytest.raises(UserError, match=r"'a': 100 of 90000 rows .*max_bad_rows=0\.001 .*: here"):
+        Preparation(job).open(work)
+    assert read_manifest(job.root_uri) is None
+    more = replace(job, settings=job.settings.model_copy(update={"max_bad_rows": 0.002}))
+    assert more.identity == job.identity
+    assert Preparation(more).open(work).sources["a"].skipped.count == 100

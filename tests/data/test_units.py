@@ -179,6 +179,14 @@ def test_too_many_bad_rows_stop_the_job(corpus, tmp_path):
     assert prepared(corpus, tmp_path / "out", max_bad_rows=0.02).sources["docs"].skipped.count == 4
 
 
+def test_where_no_bad_row_may_be_one_stops_the_job(corpus, tmp_path):
+    with (corpus / "0.jsonl").open("a") as file:
+        file.write("not json\n")
+    with pytest.raises(UserError, match=r"'docs': 1 of 301 rows .*max_bad_rows=0 .*0\.jsonl:51"):
+        prepared(corpus, tmp_path / "out", max_bad_rows=0)
+    assert prepared(corpus, tmp_path / "out").sources["docs"].skipped.count == 1
+
+
 def test_a_hopeless_unit_is_not_read_to_its_end(tmp_path):
     folder = tmp_path / "corpus"
     folder.mkdir()
