@@ -27,13 +27,13 @@ class Events:
     def __init__(self, claim: Claim, writer: str) -> None:
         name = f"{claim.epoch:06d}-{writer}-{os.urandom(4).hex()}.jsonl"
         self.uri = storage.join(claim.run_dir, FOLDER, name)
-        self._epoch = claim.epoch
+        self.claim = claim
         self._lines: list[str] = []
         self._thread = ThreadPoolExecutor(1, "events") if storage.is_remote(self.uri) else None
 
     def write(self, kind: str, **facts: Any) -> None:
         """Record that something happened; `facts` are JSON-able."""
-        event = {"time": round(time.time(), 3), "kind": kind, "epoch": self._epoch, **facts}
+        event = {"time": round(time.time(), 3), "kind": kind, "epoch": self.claim.epoch, **facts}
         line = json.dumps(event) + "\n"
         if self._thread is None:
             _append(Path(storage.local_path(self.uri)), line)

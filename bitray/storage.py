@@ -39,6 +39,17 @@ _TEMPORARY = re.compile(r"^\..*\.[0-9a-f]{16}\.tmp$")
 T = TypeVar("T")
 
 
+class Unreadable(UserError):
+    """A file, or a part of a dataset, that is not there or damaged."""
+
+    def __init__(self, where: str, why: str) -> None:
+        super().__init__(where, why)
+        self.where = where
+
+    def __str__(self) -> str:
+        return ": ".join(self.args)
+
+
 class FileInfo(NamedTuple):
     """A file: `identity` changes when its content is written anew."""
 
@@ -337,19 +348,19 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
     return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
-def _missing(uri: str) -> UserError:
+def _missing(uri: str) -> Unreadable:
     """The sentence for a path that is not there: the first part that fails, and what is like it."""
     filesystem, path = located(uri)
     if filesystem.get_file_info(path).type == pafs.FileType.Directory:
-        return UserError(f"{uri}: is a folder, where a file is wanted")
+        return Unreadable(uri, "is a folder, where a file is wanted")
     parent, _, name = path.rpartition("/")
     while parent and filesystem.get_file_info(parent).type != pafs.FileType.Directory:
         parent, _, name = parent.rpartition("/")
     if not parent and is_remote(uri):
-        return UserError(f"{uri}: there is no bucket '{name}', or it may not be read")
+        return Unreadable(uri, f"there is no bucket '{name}', or it may not be read")
     below = filesystem.get_file_info(pafs.FileSelector(parent or "/"))
     hint = nearest(name, [one.base_name for one in below])
-    return UserError(f"{uri}: no such file or folder; {parent or '/'} has no '{name}'{hint}")
+    return Unreadable(uri, f"no such file or folder; {parent or '/'} has no '{name}'{hint}")
 
 
 def _store(source: io.BufferedIOBase, uri: str) -> None:

@@ -1,7 +1,7 @@
 """Reading rows out of files: parquet, jsonl (plain, gzip, zstd) and text, always streaming.
 
 A reader yields `Found`: a document with its place, or the reason why there is none. How many bad
-rows are too many is decided elsewhere. A file that cannot be read is a `UserError` naming it.
+rows are too many is decided elsewhere. A file that cannot be read is `Unreadable`, and named.
 """
 
 import io
@@ -38,7 +38,7 @@ class Part(NamedTuple):
 
 
 def read_part(part: Part, rows: RowSettings, document_separator: str | None) -> Iterator[Found]:
-    """The documents of a part. `UserError` naming the file if it is unreadable."""
+    """The documents of a part. `Unreadable` if the file is, from somewhere on or at all."""
     try:
         match suffix(part.uri):
             case ".parquet":
@@ -49,7 +49,8 @@ def read_part(part: Part, rows: RowSettings, document_separator: str | None) -> 
                 yield from _read_jsonl(part, rows)
     except (OSError, EOFError, pa.ArrowException) as error:
         reason = str(error).split("\n", 1)[0].strip() or type(error).__name__
-        raise UserError(f"{part.uri}: cannot be read, it may be damaged ({reason})") from None
+        why = f"cannot be read, it may be damaged ({reason})"
+        raise storage.Unreadable(part.uri, why) from None
 
 
 def suffix(uri: str) -> str:

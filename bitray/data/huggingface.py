@@ -38,14 +38,15 @@ def shard_count(dataset: Dataset) -> int:
 
 
 def shard_rows(dataset: Dataset, shard: int) -> Iterator[Row]:
-    """The rows of one shard. `UserError` naming the dataset if it is unreadable."""
+    """The rows of one shard. `Unreadable` if it is, from somewhere on or at all."""
     stream = _stream(dataset)
     rows = iter(stream.shard(num_shards=stream.num_shards, index=shard))
     while True:
         try:
             row = next(rows, None)
         except _errors() as error:
-            raise _told(dataset, error, f"shard {shard} cannot be read") from None
+            where = f"{dataset.path} shard {shard}"
+            raise storage.Unreadable(where, f"cannot be read ({_reason(error)})") from None
         if row is None:
             return
         yield row
@@ -64,7 +65,9 @@ def _stream(dataset: Dataset) -> Any:
             )
         found = datasets.load_dataset(path, name, revision=revision, streaming=True)
     except _errors() as error:
-        raise _told(dataset, error, "cannot be opened as a dataset") from None
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: cannot be opened as a dataset ({_reason(error)})") from None
     if split not in found:
         raise UserError(
             f"{path}: has no split '{split}'{nearest(split, found)}; it has: {', '.join(found)}"
@@ -78,8 +81,5 @@ def _errors() -> tuple[type[Exception], ...]:
     return (OSError, ValueError, EOFError, DatasetsError, pa.ArrowException)
 
 
-def _told(dataset: Dataset, error: Exception, what: str) -> UserError:
-    if isinstance(error, UserError):
-        return error
-    reason = str(error).split("\n", 1)[0].strip() or type(error).__name__
-    return UserError(f"{dataset.path}: {what} ({reason})")
+def _reason(error: Exception) -> str:
+    return str(error).split("\n", 1)[0].strip() or type(error).__name__

@@ -228,7 +228,8 @@ def summed(job: Job, name: str, results: Sequence[UnitResult], done: bool = True
     """A source from the results of its units, all that count or those from the first on.
 
     `UserError` if too many of its rows were bad, of all or up to the end of any window, so that
-    what stops the job does not depend on how far it has come; or if nothing is left to train on.
+    what stops the job does not depend on how far it has come; or too many files; or if nothing is
+    left to train on.
     """
     source = job.settings.sources[name]
     splits, opening = dict.fromkeys(SPLITS, Counts()), dict.fromkeys(SPLITS, Counts())
@@ -241,6 +242,7 @@ def summed(job: Job, name: str, results: Sequence[UnitResult], done: bool = True
         opening = opening if windows else splits
         if splits["train"].rows // job.settings.window > windows:
             check_skipped(name, counted["rows"], skipped, job.settings.max_bad_rows)
+        check_files(name, skipped, job.settings.max_bad_files)
     found = SourceManifest(
         licence=source.licence,
         input_rows=counted["rows"],
@@ -267,6 +269,16 @@ def check_skipped(name: str, rows: int, skipped: Skipped, share: float) -> None:
         raise UserError(
             f"source '{name}': {skipped.count} of {rows} rows are unusable, more than "
             f"data.max_bad_rows={share:g} allows; the first: {places}"
+        )
+
+
+def check_files(name: str, skipped: Skipped, most: int) -> None:
+    """`UserError` if more than `most` files could not be read."""
+    if len(skipped.files) > most:
+        *_, (file, why) = skipped.files.items()
+        raise UserError(
+            f"source '{name}': {file}: {why}; data.max_bad_files={most} allows "
+            f"no {'more' if most else 'such'} files"
         )
 
 

@@ -67,11 +67,14 @@ class Skipped(Settings):
 
     count: int = 0
     places: tuple[str, ...] = ()
+    files: dict[str, str] = {}
+    """Files that are damaged or gone, and what is wrong with each; what came before that counts."""
 
     def plus(self, other: "Skipped") -> "Skipped":
         """Both together; of the places only the first few."""
         places = (*self.places, *other.places)[:KEPT_PLACES]
-        return Skipped(count=self.count + other.count, places=places)
+        files = {**self.files, **other.files}
+        return Skipped(count=self.count + other.count, places=places, files=files)
 
 
 class SourceManifest(Settings):
@@ -115,6 +118,8 @@ class SourceManifest(Settings):
             text += f", {self.filtered:,} filtered out"
         if self.limited:
             text += "; its limit is reached"
+        if self.skipped.files:
+            text += f"; {len(self.skipped.files):,} files unreadable"
         if not self.skipped.count:
             return text
         return f"{text}; {self.skipped.count:,} unusable, the first: {self.skipped.places[0]}"

@@ -84,6 +84,7 @@ class Preparation:
         if self.manifest is not None:
             check_same(job, self.manifest)
         self._published: list[tuple[int, bool]] = []
+        self._told: set[str] = set()
 
     @cached_property
     def _stretches(self) -> dict[str, _Stretch]:
@@ -122,9 +123,17 @@ class Preparation:
         for result in reported(work(self.job, units), len(units)):
             stretch = self._stretches[result.source]
             stretch.add(result.number, result)
+            self._tell(result)
             if stretch.done:
                 self._sum(result.source)  # a hopeless one ends the job early
             yield self._publish()
+
+    def _tell(self, result: UnitResult) -> None:
+        """Of every file that could not be read, once."""
+        for file in result.skipped.files.keys() - self._told:
+            why = result.skipped.files[file]
+            print(f"prepare: {result.source}: skipped {file}: {why}", flush=True)
+            self._told.add(file)
 
     def _publish(self) -> bool:
         """Write the manifest if more is known than before."""

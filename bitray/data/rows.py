@@ -24,6 +24,8 @@ class Found(NamedTuple):
     problem: str = ""
     prompt: str = ""
     """Comes before the text, and is read but not learnt."""
+    is_file: bool = False
+    """The problem is that of the whole file that `place` names, of which nothing more comes."""
 
     @property
     def is_document(self) -> bool:

@@ -55,6 +55,9 @@ class DataSettings(Settings):
     """Rows that packing keeps open; 0: one document a row (see `training.packing.enabled`)."""
     max_bad_rows: float = Field(0.001, ge=0, le=1)
     """Share of a source's rows that may be unreadable, and at least one row; 0: none."""
+    max_bad_files: int = Field(0, ge=0)
+    """Files of a source that may be damaged or gone when they are read: 0, the first one stops the
+    job; else as many are skipped from the damage on, each of which is told and recorded."""
     unit_bytes: int = Field(64 << 20, ge=1)
     """Input that one task prepares. Part of the result: units do not share rows."""
     window: int = Field(WINDOW, ge=1)

@@ -80,7 +80,8 @@ class SourceSettings(Settings):
         raise NotImplementedError
 
     def read(self, part: Part) -> Iterator[Found]:
-        """Documents of one part, or what is wrong with them, streaming."""
+        """Documents of one part, or what is wrong with them, streaming; then `Unreadable`, where
+        the part cannot be read to its end."""
         raise NotImplementedError
 
     def units(self, name: str, inputs: Sequence[FileInfo], unit_bytes: int) -> list[Unit]:

@@ -18,6 +18,7 @@ from bitray.data.job import (
     Pinned,
     Task,
     UnitResult,
+    check_files,
     check_skipped,
     inputs_of,
     result_name,
@@ -43,14 +44,19 @@ HOPELESS = 100
 class Tally:
     """Counts the rows of a source, and tells which are documents."""
 
-    def __init__(self, source: str, max_bad_rows: float) -> None:
+    def __init__(self, source: str, settings: DataSettings) -> None:
         self.rows = self.empty = self.filtered = self.bad = 0
         self.places: list[str] = []
-        self._source = source
-        self._allowed = max_bad_rows
+        self.files: dict[str, str] = {}
+        self._source, self._settings = source, settings
 
     def takes(self, found: Found) -> bool:
-        """Count a row; whether it holds text. `UserError` if hardly any does."""
+        """Count a row; whether it holds text. `UserError` if hardly any does, and for a file that
+        cannot be read where none more may be."""
+        if found.is_file:
+            self.files[found.place] = found.problem
+            check_files(self._source, self.skipped(), self._settings.max_bad_files)
+            return False
         self.rows += 1
         if found.text is None and found.problem:
             self._skip(f"{found.place} ({found.problem})")
@@ -61,15 +67,16 @@ class Tally:
         return found.is_document
 
     def skipped(self) -> Skipped:
-        """The bad rows so far."""
-        return Skipped(count=self.bad, places=tuple(self.places))
+        """The bad rows and files so far."""
+        return Skipped(count=self.bad, places=tuple(self.places), files=dict(self.files))
 
     def _skip(self, place: str) -> None:
         self.bad += 1
         if len(self.places) < KEPT_PLACES:
             self.places.append(place)
-        if self.bad > max(HOPELESS, max(0.1, self._allowed) * self.rows):
-            check_skipped(self._source, self.rows, self.skipped(), self._allowed)
+        allowed = self._settings.max_bad_rows
+        if self.bad > max(HOPELESS, max(0.1, allowed) * self.rows):
+            check_skipped(self._source, self.rows, self.skipped(), allowed)
 
 
 def split_of(text: str, held_out: HeldOut) -> SplitName:
@@ -98,9 +105,9 @@ def documents(
 
 
 def _texts(name: str, inputs: Sequence[FileInfo], settings: DataSettings) -> Iterator[str]:
-    source, tally = settings.sources[name], Tally(name, settings.max_bad_rows)
+    source, tally = settings.sources[name], Tally(name, settings)
     units = source.units(name, inputs, settings.unit_bytes)
-    found = (one for unit in units for part in unit.parts for one in source.read(part))
+    found = (one for unit in units for one in _rows(source, unit))
     for one in itertools.islice(filter(tally.takes, found), source.max_documents):
         yield f"{one.prompt}{one.text}"
 
@@ -144,9 +151,9 @@ class _Split:
 
 
 def run_unit(task: Task, unit: Unit, encoder: Encoder) -> UnitResult:
-    """Do a unit. `UserError` for an unreadable file or rows that are mostly bad."""
+    """Do a unit. `UserError` for unreadable files beyond those allowed, or mostly bad rows."""
     settings = task.settings
-    tally = Tally(unit.source, settings.max_bad_rows)
+    tally = Tally(unit.source, settings)
     splits = {split: _Split(task) for split in SPLITS}
     left, cut = Left(unit.documents, unit.tokens), False
     for found, ids, prompt in _encoded(settings.sources[unit.source], unit, encoder):
@@ -212,12 +219,21 @@ def _encoded(
     source: Source, unit: Unit, encoder: Encoder
 ) -> Iterator[tuple[Found, np.ndarray, int]]:
     """Rows of a unit with their token ids, and how many of those are the prompt's."""
-    rows = (one for part in unit.parts for one in source.read(part))
-    for batch in _batches(rows):
+    for batch in _batches(_rows(source, unit)):
         prompts = encoder.encode([one.prompt for one in batch], end=False)
         texts = encoder.encode([one.text or "" for one in batch])
         for one, prompt, text in zip(batch, prompts, texts, strict=True):
             yield one, np.concatenate([prompt, text]), len(prompt)
+
+
+def _rows(source: Source, unit: Unit) -> Iterator[Found]:
+    """Rows of a unit, and in their order the files that cannot be read."""
+    for part in unit.parts:
+        try:
+            yield from source.read(part)
+        except storage.Unreadable as error:
+            where, why = error.args
+            yield Found(where, None, why, is_file=True)
 
 
 def _batches(rows: Iterable[Found]) -> Iterator[list[Found]]:

@@ -39,7 +39,7 @@ def mathematical_settings(config: Config) -> dict[str, Any]:
         teacher.pop(key, None)
     if teacher["type"] == "offload":  # the same model, kept elsewhere
         teacher["type"] = "in_process"
-    for key in ("prepared_dir", "overlap", "max_bad_rows"):
+    for key in ("prepared_dir", "overlap", "max_bad_rows", "max_bad_files"):
         values["data"].pop(key, None)
     return values
 

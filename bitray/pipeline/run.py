@@ -99,7 +99,7 @@ def _run(
     if config.probe or not storage.exists(estimate):
         storage.write_json(estimate, dump(wanted))
     with stoppable(config.run_dir), console() as lines:
-        stopped = train(config, material, fingerprint, lines, held)
+        stopped = train(config, material, fingerprint, lines, events)
     held.check()
     if stopped:
         events.write("stop", stage=stopped)
@@ -136,7 +136,7 @@ def _clear(run_dir: str) -> None:
 
 
 def train(
-    config: Config, material: Material, fingerprint: str, lines: Queue, held: Claim
+    config: Config, material: Material, fingerprint: str, lines: Queue, events: Events
 ) -> str | None:
     """Train the stages that are not complete, beside the preparation of what they need later; the
     one in which somebody stopped, or None."""
@@ -159,6 +159,7 @@ def train(
     manifests = material.open()
     _check_held_out(manifests)
     config = sized(config, pending)
+    held = events.claim
     name = f"bitray-mixture-{digest([config.run_dir, fingerprint, str(held.epoch)])[:16]}"
     flows = streams(config, manifests, material.folders, name)
     check_enough(flows)
@@ -169,19 +170,22 @@ def train(
         for how, stages in groups(config, pending)
     ]
     try:
-        return _train_beside(material, actor, jobs)
+        return _train_beside(material, actor, jobs, events)
     finally:
         ray.kill(actor)  # else it lives as long as anything that refers to it
 
 
 def _train_beside(
-    material: Material, actor: Any, jobs: Sequence[tuple[Job, Scaling]]
+    material: Material, actor: Any, jobs: Sequence[tuple[Job, Scaling]], events: Events
 ) -> str | None:
     """Train while the rest is prepared; what stops the one stops the other."""
     flag = storage.join(material.config.run_dir, STOP)
-    flows = jobs[0][0].streams
+    flows, skipped = jobs[0][0].streams, dict[str, str]()
 
     def tell(known: Mapping[RowKind, Manifest]) -> None:
+        for file, why in skipped_files(known).items() - skipped.items():
+            skipped[file] = why
+            events.write("skipped", file=file, reason=why)
         sizes = {manifest.identity(): manifest.sizes() for manifest in known.values()}
         check_enough(grown(flows, sizes))
         ray.get(actor.prepared.remote(sizes))
@@ -201,6 +205,12 @@ def _train_beside(
             if stopped:
                 return stopped
     return None
+
+
+def skipped_files(known: Mapping[RowKind, Manifest]) -> dict[str, str]:
+    """Files that could not be read, and why."""
+    sources = (source for manifest in known.values() for source in manifest.sources.values())
+    return {file: why for source in sources for file, why in source.skipped.files.items()}
 
 
 def _check_held_out(manifests: dict[RowKind, Manifest]) -> None:

@@ -1,14 +1,16 @@
 """What preparing makes of documents, without Ray: splits, counts, limits, resuming, identity."""
 
+import gzip
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bitray.data import DataSettings, Manifest, Shards, documents, train_tokenizer
+from bitray.data import DataSettings, Manifest, Shards, documents, formats, train_tokenizer
 from bitray.data.job import Job, check_same, finished, plan_job
 from bitray.data.manifest import SPLITS, read_manifest
 from bitray.data.preparation import run_job
@@ -185,6 +187,34 @@ def test_where_no_bad_row_may_be_one_stops_the_job(corpus, tmp_path):
     with pytest.raises(UserError, match=r"'docs': 1 of 301 rows .*max_bad_rows=0 .*0\.jsonl:51"):
         prepared(corpus, tmp_path / "out", max_bad_rows=0)
     assert prepared(corpus, tmp_path / "out").sources["docs"].skipped.count == 1
+
+
+def test_files_that_are_damaged_or_gone_are_skipped_up_to_a_limit(
+    corpus, tmp_path, capsys, monkeypatch
+):
+    """What came before the damage counts. Of the file that is gone all parts are one file."""
+    monkeypatch.setattr(formats, "_CHUNK", 1000)
+    rows = "".join(json.dumps({"text": f"more {k} {k * k}"}) + "\n" for k in range(5000))
+    data = gzip.compress(rows.encode())
+    (corpus / "cut.jsonl.gz").write_bytes(data[: len(data) // 2])
+    (corpus / "gone.jsonl").write_text(rows)
+    job = job_of(corpus, tmp_path / "out", max_bad_files=2, unit_bytes=10_000)
+    (corpus / "gone.jsonl").unlink()
+    assert sum(p.uri.endswith("gone.jsonl") for unit in job.units for p in unit.parts) > 5
+    found = run_job(job, in_process).sources["docs"]
+    assert {Path(file).name for file in found.skipped.files} == {"cut.jsonl.gz", "gone.jsonl"}
+    assert found.skipped.count == 0
+    assert 300 + 1000 < found.input_rows < 300 + 4000
+    said = capsys.readouterr().out
+    assert said.count(f"skipped {corpus}/gone.jsonl: no such file") == 1
+    assert f"skipped {corpus}/cut.jsonl.gz: cannot be read, it may be damaged" in said
+    assert "2 files unreadable" in said
+    for most, sentence in ((0, r"=0 allows no such files"), (1, r"=1 allows no more files")):
+        fewer = replace(job, root_uri=str(tmp_path / f"out{most}"), settings=(
+            job.settings.model_copy(update={"max_bad_files": most})))  # fmt: skip
+        assert fewer.identity == job.identity
+        with pytest.raises(UserError, match=rf"^source 'docs': .*{sentence}$"):
+            run_job(fewer, in_process)
 
 
 def test_a_hopeless_unit_is_not_read_to_its_end(tmp_path):

@@ -28,7 +28,7 @@ def test_what_changes_no_result_is_the_same_run(tmp_path: Path) -> None:
     first = claim(config(tmp_path), {"256": {"source 'a'": "a"}})
     (tmp_path / "mine" / "stage0_checkpoint").mkdir()
     words = ["scaling.num_workers=1", "training.log_every=3", "export.gguf=[]",
-             "data.max_bad_rows=0.1"]  # fmt: skip
+             "data.max_bad_rows=0.1", "data.max_bad_files=3"]  # fmt: skip
     assert claim(config(tmp_path, *words), {"256": {"source 'a'": "a"}}) == first
 
 

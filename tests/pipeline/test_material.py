@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from bitray.data.manifest import SPLITS, Counts, Manifest, SourceManifest, read_
 from bitray.data.plan import MixturePlan, opening
 from bitray.data.shards import Shards
 from bitray.data.sources import Unit
+from bitray.data.units import in_process
+from bitray.events import read_events
 from bitray.models.loading import build_model, save_model
 from bitray.pipeline.groups import RowKind
 from bitray.pipeline.material import Material, prepared_beside
@@ -41,6 +44,7 @@ def config(tmp_path: Path) -> Config:
         texts = [str(drawn.randrange(10**4, 10**6)) for _ in range(count)]
         lines = [json.dumps({"text": text, "unread": "x" * 10}) for text in texts]
         (tmp_path / name / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "numbers" / "b.jsonl.gz").write_bytes(b"\x1f\x8b and no more")
     shape = {
         "vocab_size": 258, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
         "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64,
@@ -50,7 +54,7 @@ def config(tmp_path: Path) -> Config:
         *(f"model.config.{name}={value}" for name, value in shape.items()),
         "data=local", f"data.sources.numbers.path={tmp_path / 'numbers'}",
         f"data.sources.few.path={tmp_path / 'few'}", "data.sources.few.weight=0.1",
-        "data.split.probe=0", "data.unit_bytes=16000", "data.window=4096",
+        "data.split.probe=0", "data.max_bad_files=1", "data.unit_bytes=16000", "data.window=4096",
         f"training.max_steps={STEPS}", "training.batch_size=256", "training.max_seq_length=8",
         "training.gradient_accumulation_steps=4", "training.log_every=1",
         "evaluation.rows=8", "export.gguf=[]",
@@ -151,6 +155,11 @@ def test_training_begins_before_preparing_ends_and_survives_its_failure(
     epochs = plan.cursors(STEPS * 1024)[0] / sizes["numbers"].rows
     assert road.metrics(STAGE, "mixture/epoch_numbers")[-1] == pytest.approx(epochs)
     assert epochs > 1
+    skipped = [event for event in read_events(str(road.folder)) if event["kind"] == "skipped"]
+    assert {event["file"] for event in skipped} == {
+        f"{config.data.sources['numbers'].path}/b.jsonl.gz"
+    }
+    assert all("damaged" in event["reason"] for event in skipped) and len(skipped) == 2, "attempts"
 
 
 class Units(Material):
@@ -246,13 +255,14 @@ def on_hub(hub: Hub, tmp_path: Path) -> Callable[..., Config]:
     return of
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
 def test_a_run_goes_on_with_the_commit_it_began_with(
-    on_hub: Callable[..., Config], hub: Hub, tmp_path: Path
+    on_hub: Callable[..., Config], hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files, tokenizer and names of rows are those of the start: whatever is pushed, and where the
     Hub is gone. Another run, another revision and a fresh start are of what is there by then."""
+    # in this process, for workers of a Ray that runs know another Hub
+    monkeypatch.setattr(prepare, "on_ray", lambda job, units, **_: in_process(job, units))
+    monkeypatch.setattr("bitray.pipeline.run.ray_session", nullcontext)
 
     def commit(config: Config) -> str:
         [job, *_] = Material(config).jobs.values()
