@@ -12,7 +12,7 @@ from bitray.models.batch import Batch
 from bitray.models.losses import LossModel
 from bitray.training import goodput
 from bitray.training.goodput import Clock
-from bitray.training.parallel import world
+from bitray.training.parallel import on_rank_zero
 
 EVALUATIONS = "evaluations.json"
 ORIGINAL, CONVERTED = "original", "converted"
@@ -37,11 +37,14 @@ class HeldOut:
         return evaluate(model, some, self.device, self.autocast)
 
     def record(self, name: str, losses: Mapping[str, float]) -> None:
-        """Keep an evaluation for the table of the run."""
-        if world()[0] == 0:
+        """Keep an evaluation for the table of the run; every worker calls it."""
+
+        def keep() -> None:
             known = read_evaluations(self.run_dir)
             uri = storage.join(self.run_dir, EVALUATIONS)
             storage.write_json(uri, {**known, name: dict(losses)})
+
+        on_rank_zero(keep)
 
 
 def read_evaluations(run_dir: str) -> dict[str, dict[str, float]]:

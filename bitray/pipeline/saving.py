@@ -15,7 +15,7 @@ from bitray.retries import failing
 from bitray.settings import UserError
 from bitray.training.goodput import Ledger
 from bitray.training.loop import Loop
-from bitray.training.parallel import from_rank_zero, world
+from bitray.training.parallel import from_rank_zero, on_rank_zero, world
 from bitray.training.state import tensors_of
 
 STOP = "STOP"
@@ -96,12 +96,15 @@ class Checkpoints:
         training goes on without another."""
         if self._saver.ready():
             return True
-        self.note("warning", step=loop.position.step, reason=f"no checkpoint: {failing()}")
-        if world()[0] == 0:
+
+        def tell() -> None:
+            self.note("warning", step=loop.position.step, reason=f"no checkpoint: {failing()}")
             self._say(
                 f"{self.folder.stage:<9} step {loop.position.step}: storage fails, the checkpoint "
                 "before this one is still on its way; training goes on without one here"
             )
+
+        on_rank_zero(tell)
         return False
 
     def wait(self) -> None:
@@ -109,9 +112,8 @@ class Checkpoints:
         self._saver.wait()
 
     def note(self, kind: str, **facts: Any) -> None:
-        """Record an event of this stage; on rank 0 alone."""
-        if world()[0] == 0:
-            self._events.write(kind, stage=self.folder.stage, **facts)
+        """Record an event of this stage; rank 0 calls it."""
+        self._events.write(kind, stage=self.folder.stage, **facts)
 
     def pass_over(self, directory: str, reason: str) -> None:
         """Tell of a newer checkpoint that cannot be used."""

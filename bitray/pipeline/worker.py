@@ -12,6 +12,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.exceptions import RayTaskError
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.queue import Queue
 
@@ -45,7 +46,7 @@ from bitray.training.goodput import Clock, Ledger
 from bitray.training.influence import Influence
 from bitray.training.loop import Every, Loop, autocast_for, mean_loss, seed_of
 from bitray.training.metrics import Sink
-from bitray.training.parallel import from_rank_zero, parallelize, world
+from bitray.training.parallel import from_rank_zero, on_rank_zero, parallelize, world
 from bitray.training.state import Position
 from bitray.training.teacher import Teacher, open_teacher
 from bitray.training.teacher_settings import Actors, Server
@@ -80,10 +81,10 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
     if from_rank_zero(partial(storage.exists, uri)):
         return {"out_of_memory": storage.read_json(uri)}
     clock = Clock()
-    ledger = Ledger(job.config.run_dir, clock) if world()[0] == 0 else None
     feeds = Feeds(job.config, job.stages, job.streams)
     with speaking(job.lines) as say, patient(job.config.resume.storage_patience):
         try:
+            ledger = on_rank_zero(partial(Ledger, job.config.run_dir, clock))
             for name in job.stages:
                 stage = Stage(job, name, ray.train.torch.get_device(), say, clock, ledger, feeds)
                 if not stage.folder.complete and not stage.run():
@@ -174,8 +175,7 @@ class Stage:
         finally:
             watch.close()
             self.checkpoints.close()
-        for sink in loop.sinks:
-            sink.close()
+        on_rank_zero(lambda: [sink.close() for sink in loop.sinks])
         return not loop.stopped
 
     def train(self, loop: Loop) -> None:
@@ -219,11 +219,13 @@ class Stage:
         )
         if found:
             position, data = state.resume(found, model, optimizer, settings.resume)
-        self.checkpoints.note(
+        begins = partial(
+            self.checkpoints.note,
             "resume", step=position.step, directory=found, data_step=data["step"] if data else 0,
             workers=world()[1], log_every=settings.log_every,
             prepared=self.job.prepared[RowKind.of(settings)],
         )  # fmt: skip
+        on_rank_zero(begins)
         loop = Loop(
             stage=self.name,
             model=model,
@@ -238,7 +240,7 @@ class Stage:
                 Every(settings.save_every, self.on_save, "checkpoint"),
                 Every(settings.log_every, self.on_log),
             ],
-            sinks=self.sinks(found, position),
+            sinks=on_rank_zero(partial(self.sinks, found, position)) or (),
             say=self.say,
             data_step=data["step"] if data else 0,
             sources=tuple(self.config.data.sources),
@@ -282,7 +284,7 @@ class Stage:
             self.ask("set_weights", step, weights, notes)
             self.checkpoints.note("decision", step=step, weights=weights and dict(weights))
 
-        from_rank_zero(record)
+        on_rank_zero(record)
 
     def weights(self, step: int) -> dict[str, float]:
         """Of the sources that are remixed, what a decision of this step goes on from."""
@@ -290,9 +292,7 @@ class Stage:
         return {name: known[name] for name in self.config.data.remixed()}
 
     def sinks(self, found: str | None, position: Position) -> Sequence[Sink]:
-        """Where metrics go; on rank 0 alone, which also says how the stage begins."""
-        if world()[0] != 0:
-            return ()
+        """Where metrics go; rank 0 asks, and says how the stage begins."""
         total = self.settings.total_steps
         if total:
             begins = f"continues from {found}" if found else "begins"
@@ -343,14 +343,18 @@ class Stage:
     def on_log(self, loop: Loop) -> None:
         """What the sources' weights are, how often each has been gone through, and where the run's
         time goes."""
-        if self.ledger is not None:
+
+        def progress() -> dict[str, float]:
+            assert self.ledger is not None
             sources = self.ask("sources", loop.data_step)
             told = {
                 f"mixture/{what}_{name}": value
                 for what, each in sources.items()
                 for name, value in each.items()
             }
-            loop.write({**told, **self.ledger.metrics(self.settings.save_every)})
+            return {**told, **self.ledger.metrics(self.settings.save_every)}
+
+        loop.write(on_rank_zero(progress) or {})
 
     def on_evaluate(self, loop: Loop) -> None:
         """Held-out losses on the way; a new best is kept. The end has its own evaluation."""
@@ -392,8 +396,7 @@ class Stage:
         position = loop.position
         found = {f"eval/{domain}_loss": loss for domain, loss in losses.items()}
         loop.write({**found, "train/peak_memory_gb": peak_memory_gb(self.device)})
-        for sink in loop.sinks:
-            sink.flush()  # a sweep decides by them
+        on_rank_zero(lambda: [sink.flush() for sink in loop.sinks])  # a sweep decides by them
         if position.best is None or mean_loss(losses) < position.best:
             position.best = mean_loss(losses)
             if not loop.at_end:
@@ -403,8 +406,8 @@ class Stage:
     def save(self, loop: Loop, directory: str) -> None:
         """Begin a checkpoint of the loop as it stands."""
         data: dict[str, Any] | None = None
-        if world()[0] == 0 and self.settings.total_steps:
-            data = self.ask("state", loop.data_step)
+        if self.settings.total_steps:
+            data = on_rank_zero(partial(self.ask, "state", loop.data_step))
         held = state.as_json(loop.position, data) | {"stage": self.name, "time": time.time()}
         if self.influence is not None:
             held["influence"] = self.influence.state(loop)

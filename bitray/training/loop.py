@@ -22,6 +22,7 @@ from bitray.training.metrics import Sink, write_all
 from bitray.training.parallel import (
     all_gather_objects,
     all_reduce_sums,
+    on_rank_zero,
     synchronize_gradients,
     world,
 )
@@ -417,9 +418,8 @@ class Loop:
         }
 
     def write(self, metrics: dict[str, float]) -> None:
-        """Metrics of the current step to every sink (of rank 0)."""
-        if world()[0] == 0:
-            write_all(self.sinks, self.stage, self.position.step, metrics)
+        """Metrics of the current step to every sink (of rank 0); every worker calls it."""
+        on_rank_zero(lambda: write_all(self.sinks, self.stage, self.position.step, metrics))
 
     def _summary(self) -> dict[str, float]:
         """Token-weighted means over the window and over all workers."""

@@ -91,19 +91,26 @@ def synchronize_gradients(model: nn.Module, on: bool) -> None:
 
 
 def from_rank_zero(ask: Callable[[], T]) -> T:
-    """What `ask` answers on rank 0, on every worker; its `UserError` likewise, since one that
-    stopped alone would leave the others waiting."""
+    """What `ask` answers on rank 0, on every worker; its `UserError` or `OSError` likewise, since
+    one that stopped alone would leave the others waiting."""
     answer: list[Any] = [None]
     if world()[0] == 0:
         try:
             answer = [ask()]
-        except UserError as error:
+        except (UserError, OSError) as error:
             answer = [error]
     if dist.is_initialized():
         dist.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], UserError):
+    if isinstance(answer[0], UserError | OSError):
         raise answer[0]
     return cast(T, answer[0])
+
+
+def on_rank_zero(work: Callable[[], T]) -> T | None:
+    """What `work` gives, on rank 0 alone, where it stays; its errors are those of every worker."""
+    done: list[T] = []
+    from_rank_zero(lambda: done.append(work()))
+    return done[0] if done else None
 
 
 def all_reduce_sums(values: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The loop on two FSDP2 workers (gloo, no Ray) does what one worker does with the same batches."""
 
+import errno
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,10 +20,13 @@ from bitray.models.families import decoder_layers
 from bitray.models.loading import build_model
 from bitray.models.losses import LossModel
 from bitray.nn import bit_linears
+from bitray.pipeline.evaluations import HeldOut
 from bitray.settings import UserError
 from bitray.training import state
+from bitray.training.goodput import Clock
 from bitray.training.loop import Every, Loop, autocast_for
-from bitray.training.parallel import parallelize, world
+from bitray.training.metrics import JsonLines
+from bitray.training.parallel import on_rank_zero, parallelize, world
 from bitray.training.settings import Resume, TrainingSettings
 from bitray.training.teacher import InProcessTeacher
 
@@ -372,6 +376,42 @@ def test_a_layer_whose_attention_is_ever_distilled_is_not_compiled() -> None:
     run, _ = loop(BLENDED, given)
     compiled = ["forward" in vars(layer) for layer in decoder_layers(run.model.model)]
     assert compiled == [True, False]
+def full(folder: Path) -> dict[str, tuple[int, int | None]]:
+    """What each of the places where rank 0 alone writes raises, and at which step."""
+
+    def fill(run: Loop) -> None:
+        for sink in run.sinks:
+            sink.file = open("/dev/full", "w")  # type: ignore[attr-defined]  # noqa: SIM115
+
+    def opened(uri: str) -> Any:
+        return on_rank_zero(lambda: [JsonLines(uri, "here", 0)]) or ()
+
+    run, _ = loop(DENSE, settings(DENSE))
+    run.sinks = opened(f"{folder}/metrics_{world()[1]}.jsonl")
+    run.hooks = [Every(3, fill)]
+    autocast = autocast_for(CPU, "auto")
+    kept = HeldOut(str(folder / "a_file" / "run"), {}, CPU, autocast, Clock())
+    (folder / "a_file").touch()
+    doings = {
+        "log": lambda: run.run(tickets(Deal(3, world()[1]), run.settings.batch_size)),
+        "opening": lambda: opened(f"{folder}/a_file/run/metrics.jsonl"),
+        "evaluation": lambda: kept.record("here", {"a": 1.0}),
+    }
+    found = {}
+    for name, doing in doings.items():
+        with pytest.raises(OSError) as raised:
+            doing()
+        found[name] = (run.position.step, raised.value.errno)
+    return found
+
+
+def test_what_rank_zero_cannot_write_stops_all_workers_at_the_same_step(folder: Path) -> None:
+    """Else the others would wait in their next collective for the one that has gone."""
+    mp.spawn(_worker, (folder, 2, full), nprocs=2)
+    first, second = (torch.load(folder / f"full_2_{rank}.pt") for rank in range(2))
+    assert first == second
+    assert first["log"] == (4, errno.ENOSPC)
+    assert first["opening"] == first["evaluation"] == (4, errno.ENOTDIR)
 
 
 def _compiled(_: int) -> None:
