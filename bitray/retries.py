@@ -25,7 +25,8 @@ _FORBIDDEN = re.compile(
 )
 _FINAL = re.compile(r"NO_SUCH|NOT_FOUND|HTTP (status|code) (400|404|412)", re.IGNORECASE)
 _PLACE = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
-_patience = 600.0
+PATIENCE_S = 600.0
+_patience = PATIENCE_S
 _failing: dict[int, str] = {}
 """Thread -> the error of the call that it is trying again."""
 

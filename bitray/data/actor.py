@@ -1,12 +1,14 @@
 """`MixtureActor`: the one holder of a run's mixtures, which says what each stage trains on.
 
 Its whole state lies in storage, written before anybody is told of it, so a restarted actor answers
-as the lost one would have.
+as the lost one would have. A change is made to a copy, which counts once a thread has written it:
+while storage does not answer, whoever asks for what is known is answered as before.
 """
 
 import asyncio
+import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +21,8 @@ from bitray import storage
 from bitray.data.mixture import Fenced, Mixture, StageMixture
 from bitray.data.plan import SourceSize
 from bitray.lease import Claim
+from bitray.retries import PATIENCE_S as STORAGE_S
+from bitray.retries import patient
 from bitray.settings import UserError, nearest
 
 PATIENCE_S = 30.0
@@ -27,7 +31,9 @@ PREPARED = "prepared"
 """File beside the stages' that says what may be planned of the data."""
 
 
-def mixture_actor(name: str, directory: str, claim: Claim | None = None) -> Any:
+def mixture_actor(
+    name: str, directory: str, claim: Claim | None = None, patience: float = STORAGE_S
+) -> Any:
     """Handle of the run's `MixtureActor`, started if need be; it lives while a driver holds it.
 
     A name may still belong to an actor that is going, if its last handle was dropped just now; then
@@ -45,7 +51,7 @@ def mixture_actor(name: str, directory: str, claim: Claim | None = None) -> Any:
     actor: Any = ray.remote(MixtureActor).options(name=name, get_if_exists=True, **options)
     patience = time.monotonic() + PATIENCE_S
     while True:
-        handle = actor.remote(directory, claim)
+        handle = actor.remote(directory, claim, patience)
         try:
             ray.get(handle.ready.remote())
             return handle
@@ -60,11 +66,14 @@ class MixtureActor:
 
     Streams ask it to `plan`; the training loop tells it decisions and asks it for the state of
     checkpoints; whoever prepares the data tells it how far that has come. It writes under the lease
-    that `claim` is of, and no more once that is taken over.
+    that `claim` is of, and no more once that is taken over; it waits `patience` seconds for storage
+    that does not answer.
     """
 
-    def __init__(self, directory: str, claim: Claim | None = None) -> None:
-        self._directory, self._claim = directory, claim
+    def __init__(
+        self, directory: str, claim: Claim | None = None, patience: float = STORAGE_S
+    ) -> None:
+        self._directory, self._claim, self._patience = directory, claim, patience
         self._mixtures: dict[str, Mixture] = {}
         self._awaiting: dict[str, tuple[StageMixture, int]] = {}
         """Stage and generation, where the cursors are those at the end of another stage."""
@@ -73,10 +82,14 @@ class MixtureActor:
         self._ended = False
         """Whether preparing has stopped, so that no more rows will come."""
         self._changed = asyncio.Condition()
-        if storage.exists(storage.join(self._directory, PREPARED)):
-            self._load_sizes()
-        for info in storage.list_files(directory, (".json",)) if storage.exists(directory) else ():
-            self._load(info.uri)
+        self._changing = asyncio.Lock()
+        """Held from the copy of what is changed until that is written."""
+        with patient(patience):
+            if storage.exists(storage.join(directory, PREPARED)):
+                self._load_sizes()
+            there = storage.list_files(directory, (".json",)) if storage.exists(directory) else ()
+            for info in there:
+                self._load(info.uri)
 
     async def ready(self) -> None:
         """Answers once the journals are read."""
@@ -89,47 +102,46 @@ class MixtureActor:
         Whoever belongs to an earlier generation is turned away from now on. After a stage of which
         nothing is known here, because it was trained elsewhere, rows begin at `stage.cursors`.
         """
-        generation = self._generation(name) + 1
-        stage = self._grown(stage)
-        known = {*self._mixtures, *self._awaiting}
-        if state is None and stage.after in known:
-            self._awaiting[name] = (stage, generation)
-            self._mixtures.pop(name, None)
-        elif state is None and stage.after is not None and not stage.cursors:
-            raise UserError(
-                f"'{name}' is to begin where '{stage.after}' ends, of which nothing is known at "
-                f"{self._directory}{nearest(stage.after, known)}"
-            )
-        else:
-            earlier = self._mixtures.get(name)
-            self._mixtures[name] = Mixture.opened(
-                stage, generation, state, earlier=earlier, epoch=self._epoch
-            )
-            self._awaiting.pop(name, None)
-        await self._changed_and_saved(name)
-        return generation
+        async with self._changing:
+            generation = self._generation(name) + 1
+            stage = self._grown(stage)
+            known = {*self._mixtures, *self._awaiting}
+            if state is None and stage.after in known:
+                values = {"stage": stage.to_json(), "generation": generation, "journal": []}
+                await self._write(f"{name}.json", values)
+                self._awaiting[name] = (stage, generation)
+                self._mixtures.pop(name, None)
+                await self._notify()
+            elif state is None and stage.after is not None and not stage.cursors:
+                raise UserError(
+                    f"'{name}' is to begin where '{stage.after}' ends, of which nothing is known "
+                    f"at {self._directory}{nearest(stage.after, known)}"
+                )
+            else:
+                earlier = self._mixtures.get(name)
+                await self._keep(
+                    name,
+                    Mixture.opened(stage, generation, state, earlier=earlier, epoch=self._epoch),
+                )
+            return generation
 
     async def prepared(self, sizes: Mapping[str, Mapping[str, SourceSize]]) -> None:
         """What there is of the sources of every manifest, by its identity, from now on.
 
         `UserError` if that is all of them and some stage needs more.
         """
-        self._sizes = {manifest: dict(found) for manifest, found in sizes.items()}
-        self._ended = False
-        self._save_sizes()
-        for name, mixture in self._mixtures.items():
-            if mixture.stage.manifest in sizes:
-                mixture.grow(sizes[mixture.stage.manifest])
-                self._save(name)
-        async with self._changed:
-            self._changed.notify_all()
+        async with self._changing:
+            await self._keep_sizes({key: dict(found) for key, found in sizes.items()}, False)
+            for name, mixture in list(self._mixtures.items()):
+                if mixture.stage.manifest in sizes:
+                    grown = copy.copy(mixture)
+                    grown.grow(sizes[mixture.stage.manifest])
+                    await self._keep(name, grown)
 
     async def ended(self) -> None:
         """Preparing has stopped: who waits for more rows is told that there are none."""
-        self._ended = True
-        self._save_sizes()
-        async with self._changed:
-            self._changed.notify_all()
+        async with self._changing:
+            await self._keep_sizes(self._sizes, True)
 
     async def plan(
         self,
@@ -148,15 +160,20 @@ class MixtureActor:
         """
         size = self._stage(name).rows_per_ticket
         until = (max(tickets) + 1 if until is None else until) * size
-        async with self._changed:
-            settled = self._changed.wait_for(lambda: self._settled(name, generation, until))
-            try:
-                await asyncio.wait_for(settled, timeout)
-            except TimeoutError:
+        while name in self._awaiting:
+            if not await self._wait(lambda: self._resolvable(name, generation), timeout):
                 return None
+            await self._resolve(name)
+        if not await self._wait(lambda: self._settled(name, generation, until), timeout):
+            return None
+        if not self._mixtures[name].promised(until):
+            async with self._changing:
+                if not self._settled(name, generation, until):
+                    return None
+                mixture = copy.copy(self._mixtures[name])
+                mixture.reserve(until)
+                await self._keep(name, mixture)
         mixture = self._mixtures[name]
-        if mixture.reserve(until):
-            self._save(name)
         end = until if mixture.ready(until) else mixture.covered()
         firsts = [ticket * size for ticket in tickets if (ticket + 1) * size <= end]
         rows = mixture.plan.pick(firsts, size)
@@ -175,10 +192,12 @@ class MixtureActor:
         It takes effect `lead` steps later; without gates, not before rows that are handed out.
         Where sources may end, it waits until it is known whether they do so before.
         """
-        mixture = await self._decidable(name, step)
-        entry = mixture.decide(step, weights, notes)
-        await self._changed_and_saved(name)
-        return entry.to_json()
+        await self._decidable(name, step)
+        async with self._changing:
+            mixture = copy.copy(self._mixtures[name])
+            entry = mixture.decide(step, weights, notes)
+            await self._keep(name, mixture)
+            return entry.to_json()
 
     async def current(self, name: str, step: int) -> dict[str, float]:
         """Token shares of the sources that a decision of a step goes on from: those decided last,
@@ -188,12 +207,13 @@ class MixtureActor:
 
     async def journal(self, name: str) -> list[dict[str, Any]]:
         """All entries of a stage."""
-        return [entry.to_json() for entry in self._mixture(name).plan.journal]
+        return [entry.to_json() for entry in (await self._mixture(name)).plan.journal]
 
     async def sources(self, name: str, step: int) -> dict[str, dict[str, float]]:
         """Of the sources after `step` steps: the `weight` of each in the last one, and as `epoch`
         how often it has been gone through, where that is known."""
-        plan, end = self._mixture(name).plan, step * self._mixture(name).stage.rows_per_step
+        mixture = await self._mixture(name)
+        plan, end = mixture.plan, step * mixture.stage.rows_per_step
         pairs = zip(plan.sizes.items(), plan.cursors(end), strict=True)
         epochs = {
             source: rows / size.rows for (source, size), rows in pairs if size.done and size.rows
@@ -202,7 +222,7 @@ class MixtureActor:
 
     async def state(self, name: str, step: int) -> dict[str, Any]:
         """What a checkpoint of a stage after `step` steps holds; `open` takes it back."""
-        return self._mixture(name).state(step)
+        return (await self._mixture(name)).state(step)
 
     # ------------------------------------------------------------------------------- keeping
 
@@ -217,11 +237,11 @@ class MixtureActor:
 
     async def _decidable(self, name: str, step: int) -> Mixture:
         """The mixture of a stage, once a decision of this step may be recorded."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._ended or self._mixture(name).decidable(step))
-        if not self._mixture(name).decidable(step):
+        await self._mixture(name)
+        await self._wait(lambda: self._ended or self._mixtures[name].decidable(step))
+        if not self._mixtures[name].decidable(step):
             raise UserError(f"{name}: no more rows are prepared after step {step}")
-        return self._mixture(name)
+        return self._mixtures[name]
 
     def _stage(self, name: str) -> StageMixture:
         known = {*self._mixtures, *self._awaiting}
@@ -229,60 +249,91 @@ class MixtureActor:
             raise UserError(f"no stage '{name}' has been opened{nearest(name, known)}")
         return self._awaiting[name][0] if name in self._awaiting else self._mixtures[name].stage
 
-    def _mixture(self, name: str) -> Mixture:
+    async def _mixture(self, name: str) -> Mixture:
         self._stage(name)
-        mixture = self._resolved(name)
-        assert mixture is not None, f"{name} begins where a stage ends that is not decided so far"
-        return mixture
+        await self._resolve(name)
+        assert name in self._mixtures, f"{name} begins where a stage ends that is not decided yet"
+        return self._mixtures[name]
 
-    def _settled(self, name: str, generation: int, until: int) -> bool:
+    async def _wait(self, until: Callable[[], bool], seconds: float | None = None) -> bool:
+        """Whether something is so before the time is over."""
+        async with self._changed:
+            try:
+                await asyncio.wait_for(self._changed.wait_for(until), seconds)
+            except TimeoutError:
+                return False
+        return True
+
+    def _check(self, name: str, generation: int) -> None:
         current = self._generation(name)
         if generation != current:
             raise Fenced(f"{name}: generation {generation} has been replaced by {current}")
-        mixture = self._resolved(name)
+
+    def _settled(self, name: str, generation: int, until: int) -> bool:
+        self._check(name, generation)
+        mixture = self._mixtures.get(name)
         if mixture is None:
             return False
         return mixture.ready(until) or (self._ended and mixture.starved(until))
 
-    def _resolved(self, name: str) -> Mixture | None:
-        """The mixture of a stage, once it is known where the stage before it ends."""
-        if name in self._mixtures:
-            return self._mixtures[name]
-        stage, generation = self._awaiting[name]
-        assert stage.after is not None
-        before = self._resolved(stage.after)
-        if before is None or not before.ready(before.stage.end):
-            return None
-        # From here on nothing may move that end any more.
-        before.reserve(before.stage.end)
-        self._save(stage.after)
-        self._mixtures[name] = Mixture.opened(
-            stage, generation, None, before.continued(stage), epoch=self._epoch
-        )
-        del self._awaiting[name]
-        self._save(name)
-        return self._mixtures[name]
+    def _resolvable(self, name: str, generation: int) -> bool:
+        self._check(name, generation)
+        while name in self._awaiting:
+            after = self._awaiting[name][0].after
+            assert after is not None
+            if after in self._mixtures:
+                before = self._mixtures[after]
+                return before.ready(before.stage.end)
+            name = after
+        return True
 
-    async def _changed_and_saved(self, name: str) -> None:
-        self._save(name)
+    async def _resolve(self, name: str) -> None:
+        """Begin a stage where the one before it ends, if that is known by now."""
+        if name not in self._awaiting:
+            return
+        after = self._awaiting[name][0].after
+        assert after is not None
+        await self._resolve(after)
+        async with self._changing:
+            before = copy.copy(self._mixtures.get(after))
+            if name not in self._awaiting or before is None or not before.ready(before.stage.end):
+                return
+            stage, generation = self._awaiting[name]
+            # From here on nothing may move that end any more.
+            before.reserve(before.stage.end)
+            await self._keep(after, before)
+            stage, cursors = self._grown(stage), before.continued(stage)
+            await self._keep(
+                name, Mixture.opened(stage, generation, None, cursors, epoch=self._epoch)
+            )
+
+    async def _keep(self, name: str, mixture: Mixture) -> None:
+        """The mixture of a stage from now on, where that is written."""
+        await self._write(f"{name}.json", mixture.to_json())
+        self._mixtures[name] = mixture
+        self._awaiting.pop(name, None)
+        await self._notify()
+
+    async def _keep_sizes(self, sizes: dict[str, dict[str, SourceSize]], ended: bool) -> None:
+        await self._write(PREPARED, {"sizes": sizes, "ended": ended})
+        self._sizes, self._ended = sizes, ended
+        await self._notify()
+
+    async def _notify(self) -> None:
         async with self._changed:
             self._changed.notify_all()
 
-    def _file(self, name: str) -> str:
-        return storage.join(self._directory, f"{name}.json")
+    async def _write(self, file: str, values: Mapping[str, Any]) -> None:
+        """In a thread, for it may take as long as the patience with storage."""
 
-    def _save(self, name: str) -> None:
-        if name in self._mixtures:
-            values = self._mixtures[name].to_json()
-        else:
-            stage, generation = self._awaiting[name]
-            values = {"stage": stage.to_json(), "generation": generation, "journal": []}
-        self._write(self._file(name), values | {"epoch": self._epoch})
+        def write() -> None:
+            with patient(self._patience):
+                if self._claim:
+                    self._claim.check()
+                uri = storage.join(self._directory, file)
+                storage.write_json(uri, {**values, "epoch": self._epoch})
 
-    def _write(self, uri: str, values: Mapping[str, Any]) -> None:
-        if self._claim:
-            self._claim.check()
-        storage.write_json(uri, values)
+        await asyncio.to_thread(write)
 
     def _load(self, uri: str) -> None:
         name = uri.rsplit("/", 1)[-1].removesuffix(".json")
@@ -297,10 +348,6 @@ class MixtureActor:
     def _grown(self, stage: StageMixture) -> StageMixture:
         """The stage with what is known of its sources by now."""
         return replace(stage, sizes=self._sizes.get(stage.manifest, stage.sizes))
-
-    def _save_sizes(self) -> None:
-        values = {"sizes": self._sizes, "ended": self._ended}
-        self._write(storage.join(self._directory, PREPARED), values)
 
     def _load_sizes(self) -> None:
         values = storage.read_json(storage.join(self._directory, PREPARED))

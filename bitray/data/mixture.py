@@ -236,9 +236,13 @@ class Mixture:
         ends = self.plan.cursors(self.stage.end)
         return dict(zip(self.plan.sources, ends, strict=True))
 
+    def promised(self, until: int) -> bool:
+        """Whether rows before `until` may be handed out: with gates always."""
+        return self.stage.period is not None or until <= self.reserved
+
     def reserve(self, until: int) -> bool:
         """Note that rows before `until` are handed out; True if the promise had to be extended."""
-        if self.stage.period is not None or until <= self.reserved:
+        if self.promised(until):
             return False
         self.reserved = until + RESERVED_STEPS * self.stage.rows_per_step
         return True

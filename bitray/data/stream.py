@@ -39,6 +39,7 @@ from bitray.data.plan import Rows
 from bitray.data.reader import empty_batch, read_rows
 from bitray.data.shards import Shards
 from bitray.data.tickets import EMPTY, ENDED, Deal
+from bitray.retries import PATIENCE_S, patient
 from bitray.settings import UserError
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ class TicketStream:
     reader_cpus: float = 0.25
     labels: dict[str, str] = field(default_factory=dict)
     """Of the nodes that readers may be on."""
+    patience: float = PATIENCE_S
+    """Seconds that readers wait for storage which does not answer."""
     object_store_bytes: int = 64 << 20
     """Bounds how far reading runs ahead; pool sizes and prefetching do not."""
 
@@ -205,6 +208,12 @@ class _Bundles(Datasource):
 
 
 def _read_bundles(opened: Opened, deal: Deal, numbers: range) -> Iterator[pa.Table]:
+    """As patiently as the run asks for."""
+    with patient(opened.stream.patience):
+        yield from _bundles(opened, deal, numbers)
+
+
+def _bundles(opened: Opened, deal: Deal, numbers: range) -> Iterator[pa.Table]:
     """Plan and read bundles; the plan of the next one is asked for while one is read."""
     stream = opened.stream
     actor = ray.get_actor(stream.actor)

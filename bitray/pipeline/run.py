@@ -163,7 +163,8 @@ def train(
     name = f"bitray-mixture-{digest([config.run_dir, fingerprint, str(held.epoch)])[:16]}"
     flows = streams(config, manifests, material.folders, name)
     check_enough(flows)
-    actor = mixture_actor(name, storage.join(config.run_dir, "mixture"), held)
+    journals = storage.join(config.run_dir, "mixture")
+    actor = mixture_actor(name, journals, held, config.resume.storage_patience)
     tokenizer, folders = material.tokenizer, material.folders
     jobs = [
         (Job(config, stages, fingerprint, tokenizer, folders, flows, lines, held), how)

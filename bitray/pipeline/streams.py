@@ -16,6 +16,7 @@ from bitray.data.tickets import least_lead
 from bitray.pipeline.config import Config
 from bitray.pipeline.folders import resume_point, skipped_by_name
 from bitray.pipeline.groups import RowKind
+from bitray.retries import patient
 from bitray.settings import UserError
 
 BUNDLE = 32
@@ -111,6 +112,7 @@ def streams(
             readers=config.scaling_of(name).readers,
             reader_cpus=config.scaling_of(name).cpus_per_reader,
             labels=config.scaling_of(name).data_labels,
+            patience=config.resume.storage_patience,
         )
         for name, stage in config.stages.items()
         if stage.total_steps
@@ -119,8 +121,9 @@ def streams(
 
 def data_state(config: Config, stage: str) -> dict[str, Any] | None:
     """Where a stage's data is to continue; asked at every start of the workers."""
-    found = resume_point(config, stage)
-    if found is None or not config.stages[stage].resume.load_data_state:
-        return None
-    held: dict[str, Any] | None = checkpoint.load_state(found)["data"]
-    return held
+    with patient(config.resume.storage_patience):
+        found = resume_point(config, stage)
+        if found is None or not config.stages[stage].resume.load_data_state:
+            return None
+        held: dict[str, Any] | None = checkpoint.load_state(found)["data"]
+        return held

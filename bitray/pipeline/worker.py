@@ -267,13 +267,13 @@ class Stage:
         return loop
 
     def ask(self, method: str, *given: Any) -> Any:
-        """What the mixture actor answers about this stage. Its refusal as it was raised there:
-        Ray's own account of it cannot be sent to the other workers."""
+        """What the mixture actor answers about this stage. Its error as it was raised there: Ray's
+        own account of it cannot be sent to the other workers."""
         actor: Any = ray.get_actor(self.job.streams[self.name].actor)
         try:
             return ray.get(getattr(actor, method).remote(self.name, *given))
-        except UserError as error:
-            raise UserError(told(error)) from None
+        except RayTaskError as error:
+            raise error.cause from None
 
     def decided(
         self, step: int, weights: Mapping[str, float] | None, notes: Mapping[str, Any]

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 from ray.exceptions import RayTaskError
+from flaky_s3 import FlakyS3
 
 from bitray.data.actor import MixtureActor, mixture_actor
 from bitray.data.mixture import Fenced, Mixture, StageMixture
 from bitray.data.plan import Entry, MixturePlan, SourceSize, opening
 from bitray.pipeline.cli import told
+from bitray.retries import StorageGone
 from bitray.settings import UserError
 
 SIZES = {"a": SourceSize(90, 900), "b": SourceSize(400, 3000)}
@@ -274,6 +276,36 @@ def test_a_lost_actor_never_changes_rows_it_has_handed_out(tmp_path: Path) -> No
         after = await again.plan("s", generation, list(range(100)))
         assert before is not None and after is not None
         assert (before["row"] == after["row"]).all()
+
+    asyncio.run(story())
+
+
+def test_while_storage_is_gone_all_that_is_known_is_answered(s3: str, proxy: FlakyS3) -> None:
+    """A decision counts once it is written: until then nobody hears of it, and nobody waits who
+    asks for something else. If patience ends before, there was none."""
+
+    async def story() -> None:
+        actor = MixtureActor(f"{s3}/mixture", patience=120)
+        generation = await actor.open("s", stage(period=10))
+        before = await actor.journal("s")
+        proxy.rate = 1.0
+        deciding = asyncio.create_task(actor.set_weights("s", 10, {"a": 1.0}))
+        await asyncio.sleep(0.5)
+        async with asyncio.timeout(1):
+            assert await actor.journal("s") == before
+            assert (await actor.epochs("s", 10))["a"] > 0
+            assert (await actor.state("s", 9))["next_ticket"] == 36
+            assert await actor.plan("s", generation, [0]) is not None
+            assert await actor.plan("s", generation, [(10 + 4) * 4], timeout=0.05) is None
+        assert not deciding.done()
+        proxy.rate = 0.0
+        entry = await deciding
+        assert await actor.journal("s") == [*before, entry]
+        hasty = MixtureActor(f"{s3}/mixture", patience=0.5)
+        proxy.rate = 1.0
+        with pytest.raises(StorageGone):
+            await hasty.set_weights("s", 20, {"b": 1.0})
+        assert await hasty.journal("s") == [*before, entry]
 
     asyncio.run(story())
 
