@@ -13,8 +13,8 @@ from bitray.pipeline.console import Say
 from bitray.pipeline.folders import StageFolder
 from bitray.retries import failing
 from bitray.settings import UserError
-from bitray.training.goodput import Ledger
 from bitray.training.loop import Loop
+from bitray.training.metrics import Saving
 from bitray.training.parallel import from_rank_zero, on_rank_zero, world
 from bitray.training.state import tensors_of
 
@@ -58,10 +58,8 @@ class Watch:
 class Checkpoints:
     """Those of one stage, on one worker."""
 
-    def __init__(
-        self, folder: StageFolder, claim: Claim, keep_last: int, say: Say, ledger: Ledger | None
-    ) -> None:
-        self.folder, self.keep_last, self.ledger = folder, keep_last, ledger
+    def __init__(self, folder: StageFolder, claim: Claim, keep_last: int, say: Say) -> None:
+        self.folder, self.keep_last = folder, keep_last
         self._claim, self._say = claim, say
         self._saver = checkpoint.Saver(claim.check)
         self._events = Events(claim, folder.stage)
@@ -72,14 +70,15 @@ class Checkpoints:
         """Begin a checkpoint of the loop as it stands; its error is raised by the next call."""
         position = loop.position
         facts = {"step": position.step, "tokens": position.tokens, "directory": directory}
-        saved = self.ledger.saving() if self.ledger else None
+        resumable = directory != self.folder.best
+        told = [s.saving() for s in loop.sinks if resumable and isinstance(s, Saving)]
 
         def flush() -> None:
             for sink in loop.sinks:
                 sink.flush()
 
         def note() -> None:
-            if saved:
+            for saved in told:
                 saved()
             self.note("checkpoint", **facts)
             if directory == self.folder.step(position.step):

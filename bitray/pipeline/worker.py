@@ -130,7 +130,7 @@ class Stage:
         self.folder = StageFolder(self.config.run_dir, self.name)
         self.autocast = autocast_for(self.device, self.settings.precision)
         self.checkpoints = Checkpoints(
-            self.folder, self.job.claim, self.settings.keep_last, self.say, self.ledger
+            self.folder, self.job.claim, self.settings.keep_last, self.say
         )
         self.shards = _shards(self.job.prepared[RowKind.of(self.settings)])
         longest = _shards(self.job.prepared[max(self.job.prepared)])
@@ -237,12 +237,13 @@ class Stage:
             position=position,
             hooks=[
                 Every(settings.eval_every, self.on_evaluate, "evaluation"),
-                Every(settings.save_every, self.on_save, "checkpoint"),
                 Every(settings.log_every, self.on_log),
             ],
             sinks=on_rank_zero(partial(self.sinks, found, position)) or (),
             say=self.say,
             data_step=data["step"] if data else 0,
+                # last: what is told of a step goes with a checkpoint of it
+                Every(settings.save_every, self.on_save, "checkpoint"),
             sources=tuple(self.config.data.sources),
             clock=self.clock,
             mfu_per_rate=self.mfu_per_rate(model),
@@ -396,8 +397,8 @@ class Stage:
         position = loop.position
         found = {f"eval/{domain}_loss": loss for domain, loss in losses.items()}
         loop.write({**found, "train/peak_memory_gb": peak_memory_gb(self.device)})
-        on_rank_zero(lambda: [sink.flush() for sink in loop.sinks])  # a sweep decides by them
-        if position.best is None or mean_loss(losses) < position.best:
+        better = position.best is None or mean_loss(losses) < position.best
+        if better and (loop.at_end or self.checkpoints.possible(loop)):
             position.best = mean_loss(losses)
             if not loop.at_end:
                 self.save(loop, self.folder.best)

@@ -111,7 +111,7 @@ class Ledger:
             self._keep()
 
     def saving(self) -> Callable[[], None]:
-        """A checkpoint begins; to be called once it is complete, when more steps may have gone."""
+        """See `metrics.Saving`."""
         self.clock.settle()
         step, seconds = self.step, self.clock.unsaved
 

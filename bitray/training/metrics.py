@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -31,13 +32,25 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class Saving(Protocol):
+    """A sink for which it matters whether a checkpoint holds the steps that it was told of."""
+
+    def saving(self) -> Callable[[], None]:
+        """A checkpoint begins; to be called once it is complete, when more steps may have gone."""
+        ...
+
+
 class JsonLines:
     """`metrics.jsonl` of a run, one object a line. Steps that a resumed run takes again replace
-    their first lines, so no step is there twice."""
+    their first lines, so no step is there twice. Object storage has no appending: there the file is
+    written anew, from a thread, with checkpoints and, for a sweep decides by them, with held-out
+    losses."""
 
     def __init__(self, uri: str, stage: str, step: int) -> None:
         self.uri = uri
         remote = storage.is_remote(uri)
+        self.thread = ThreadPoolExecutor(1, "metrics") if remote else None
         self.path = (
             Path(tempfile.mkdtemp(prefix="bitray-")) / "metrics.jsonl" if remote else Path(uri)
         )
@@ -51,15 +64,22 @@ class JsonLines:
         numbers = {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()}
         self.file.write(json.dumps({**record, **numbers}) + "\n")
         self.file.flush()
+        if self.thread and any(name.startswith("eval/") for name in metrics):
+            self.thread.submit(self._upload)  # what goes wrong with it, the next flush meets too
 
     def flush(self) -> None:
-        if storage.is_remote(self.uri):  # as it is at this moment: others go on to write it
-            storage.write_bytes(self.uri, self.path.read_bytes())
+        if self.thread:
+            self.thread.submit(self._upload).result()
+
+    def _upload(self) -> None:
+        """The file as it is at this moment: others go on to write it."""
+        storage.write_bytes(self.uri, self.path.read_bytes())
 
     def close(self) -> None:
         self.flush()
         self.file.close()
-        if storage.is_remote(self.uri):
+        if self.thread:
+            self.thread.shutdown()
             shutil.rmtree(self.path.parent)
 
 
@@ -103,7 +123,8 @@ class TensorBoard:
 
 class WeightsAndBiases:
     """One W&B run over all stages and restarts. It is spoken to from a thread, so that a tracker
-    that is down or slow never costs a step; what it missed is in `metrics.jsonl`."""
+    that is down or slow never costs a step; what it missed is in `metrics.jsonl`. W&B takes nothing
+    back, so it is told of steps once a checkpoint holds them: they are not taken again."""
 
     def __init__(
         self,
@@ -117,13 +138,16 @@ class WeightsAndBiases:
         tags: Sequence[str] = (),
     ) -> None:
         online = bool(os.environ.get("WANDB_API_KEY")) or os.environ.get("WANDB_MODE") == "online"
+        self.uri = storage.join(directory, "wandb")
         remote = storage.is_remote(directory)
+        self.temporary = tempfile.mkdtemp(prefix="bitray-") if remote else None
         arguments = {
             "project": project, "name": name, "id": run_id, "resume": "allow", "config": config,
             "group": group, "tags": list(tags),
-            "dir": tempfile.mkdtemp(prefix="bitray-") if remote else directory,
+            "dir": self.temporary or directory,
             "mode": "online" if online else "offline",
         }  # fmt: skip
+        self.held: list[dict[str, float]] = []
         self.records: queue.SimpleQueue[dict[str, float] | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._send, args=(arguments,), daemon=True)
         self.thread.start()
@@ -136,20 +160,35 @@ class WeightsAndBiases:
             while (record := self.records.get()) is not None:
                 run.log(record)
             run.finish()
+            if self.temporary and arguments["mode"] == "offline":
+                wandb.teardown()  # W&B's own process goes on to write for a moment
+                storage.upload(os.path.join(self.temporary, "wandb"), self.uri)
         except Exception as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             warnings.warn(f"Weights & Biases failed, training goes on: {reason}", stacklevel=1)
 
     def write(self, stage: str, step: int, metrics: Metrics) -> None:
         record = {f"{stage}/{name}": value for name, value in metrics.items()}
-        self.records.put({**record, f"{stage}/step": step})
+        self.held.append({**record, f"{stage}/step": step})
+
+    def saving(self) -> Callable[[], None]:
+        held, self.held = self.held, []
+
+        def saved() -> None:
+            for record in held:
+                self.records.put(record)
+
+        return saved
 
     def flush(self) -> None: ...
 
     def close(self) -> None:
         """Waits until all is sent, but not for ever."""
+        self.saving()()
         self.records.put(None)
         self.thread.join(timeout=CLOSING_SECONDS)
+        if self.temporary:
+            shutil.rmtree(self.temporary, ignore_errors=True)
 
 
 class Console:

@@ -11,18 +11,20 @@ from pathlib import Path
 
 import pytest
 import wandb
+from flaky_s3 import FlakyS3
 from wandb_file import histories, run_records
 
-from bitray import Config
+from bitray import Config, storage
+from bitray.pipeline import sinks
 from bitray.pipeline.sinks import RayMetrics, sinks_of, wandb_wanted
 from bitray.training.metrics import Console, JsonLines, TensorBoard, WeightsAndBiases
 
 
 def kinds(config: Config) -> list[type]:
-    sinks = sinks_of(config, "stage0", 0, "an-id", print)
-    for sink in sinks:
+    found = sinks_of(config, "stage0", 0, "an-id", print)
+    for sink in found:
         sink.close()
-    return [type(sink) for sink in sinks]
+    return [type(sink) for sink in found]
 
 
 def test_a_key_or_a_wish_brings_wandb_in(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,6 +62,56 @@ def test_wandb_without_a_key_writes_one_offline_run(
         assert (run.run_id, run.display_name, run.run_group) == (identity, "a-run", "a-sweep")
         assert list(run.tags) == ["stage0", "stage2"]
         assert {item.key: item.value_json for item in run.config.update}["training"] == '{"seed":7}'
+
+
+def test_wandb_is_told_of_steps_that_a_checkpoint_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 1 to 3, a checkpoint after the second; the worker dies, another goes on from there and
+    takes step 3 again. No step is there twice."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    first = WeightsAndBiases("bitray", "a-run", "an-id", str(tmp_path), {})
+    for step in (1, 2):
+        first.write("stage0", step, {"train/loss": float(step)})
+    saved = first.saving()
+    first.write("stage0", 3, {"train/loss": 3.0})
+    saved()
+    first.records.put(None)  # what its process would have sent, and no more
+    first.thread.join()
+    second = WeightsAndBiases("bitray", "a-run", "an-id", str(tmp_path), {})
+    second.write("stage0", 3, {"train/loss": 3.0})
+    second.close()
+    _until(lambda: str([line["stage0/step"] for line in histories(tmp_path)]), "[1, 2, 3]")
+
+
+def test_what_wandb_wrote_offline_goes_to_the_runs_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3: str
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    sink = WeightsAndBiases("bitray", "a-run", "an-id", f"{s3}/run", {})
+    sink.write("stage0", 1, {"train/loss": 2.5})
+    sink.close()
+    assert sink.temporary is not None and not Path(sink.temporary).exists()
+    storage.download_tree(f"{s3}/run/wandb", str(tmp_path / "wandb"))
+    assert [line["stage0/train/loss"] for line in histories(tmp_path)] == [2.5]
+
+
+def test_held_out_losses_go_to_storage_at_once_and_nobody_waits(s3: str, proxy: FlakyS3) -> None:
+    """A sweep decides by them; other metrics come with the next checkpoint."""
+    uri = f"{s3}/run/metrics.jsonl"
+    sink = JsonLines(uri, "stage0", 0)
+    sink.write("stage0", 1, {"train/loss": 3.5})
+    proxy.rate = 1.0
+    began = time.monotonic()
+    sink.write("stage0", 1, {"eval/prose_loss": 3.25})
+    assert time.monotonic() - began < 30
+    proxy.rate = 0.0
+    _until(lambda: storage.read_text(uri) if storage.exists(uri) else "", '"eval/prose_loss": 3.25')
+    sink.write("stage0", 2, {"train/loss": 3.0})
+    sink.close()
+    assert storage.read_text(uri).count("\n") == 3
 
 
 @pytest.fixture
