@@ -1,6 +1,7 @@
 """Which sinks a run writes to, and the one that needs Ray."""
 
 import os
+import threading
 from collections.abc import Mapping
 
 from ray.util import metrics as ray_metrics
@@ -23,22 +24,37 @@ Tagged = tuple[str, dict[str, str]]
 """Name of a gauge, and its tags beside those that all have."""
 
 
+AGAIN_S = 5.0
+"""Ray exports what was set since its last export, every 10 s, and forgets a gauge after 20 s."""
+
+
 class RayMetrics:
     """Gauges for the Ray dashboard and Prometheus: `bitray_train_loss{run, stage}` and so on; what
     is told by source is one gauge with a tag, `bitray_mixture_share{run, stage, source}`. `own`:
-    tags of a worker whose own metrics they are."""
+    tags of a worker whose own metrics they are. A thread sets them again until the stage is closed,
+    so that they stay where no step ends, and then go."""
 
     def __init__(self, run: str, **own: str) -> None:
         self.run, self.own = run, own
         self.gauges: dict[str, ray_metrics.Gauge] = {}
+        self.last: dict[tuple[str, ...], tuple[ray_metrics.Gauge, float, dict[str, str]]] = {}
+        self.closed = threading.Event()
+        threading.Thread(target=self._again, name="gauges", daemon=True).start()
 
     def write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         step_itself = {} if self.own else {"train/step": float(step)}
         pairs = _by_probe_and_source(metrics)
         for name, value in {**metrics, **step_itself}.items():
-            gauge, apart = pairs.get(name) or _by_name(name)
+            named, apart = pairs.get(name) or _by_name(name)
             tags = {"run": self.run, "stage": stage, **self.own, **apart}
-            self._gauge(gauge, tuple(tags)).set(value, tags)
+            gauge = self._gauge(named, tuple(tags))
+            gauge.set(value, tags)
+            self.last[named, *tags.values()] = gauge, value, tags
+
+    def _again(self) -> None:
+        while not self.closed.wait(AGAIN_S):
+            for gauge, value, tags in list(self.last.values()):
+                gauge.set(value, tags)
 
     def _gauge(self, name: str, tags: tuple[str, ...]) -> ray_metrics.Gauge:
         if name not in self.gauges:
@@ -47,7 +63,9 @@ class RayMetrics:
         return self.gauges[name]
 
     def flush(self) -> None: ...
-    def close(self) -> None: ...
+
+    def close(self) -> None:
+        self.closed.set()
 
 
 def _by_name(name: str) -> Tagged:

@@ -3,7 +3,7 @@
 import errno
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -122,6 +122,8 @@ class Stage:
     feeds: Feeds
     files: dict[str, bytes] = field(init=False)
     """What describes the model in every checkpoint."""
+    own: RayMetrics = field(init=False)
+    """Gauges of this worker's own metrics."""
     influence: Influence | None = None
 
     def __post_init__(self) -> None:
@@ -144,6 +146,7 @@ class Stage:
     def run(self) -> bool:
         """From the predecessor, or from the stage's newest checkpoint, to its end; False if it was
         stopped on the way."""
+        self.own = RayMetrics(run_name(self.config), worker=str(world()[0]))
         share = self.config.scaling_of(self.name).gpus_per_worker
         if self.device.type == "cuda":  # on CPUs "high" may mean bf16
             torch.cuda.set_per_process_memory_fraction(share)  # the rest is somebody else's
@@ -175,6 +178,7 @@ class Stage:
         finally:
             watch.close()
             self.checkpoints.close()
+        self.own.close()
         on_rank_zero(lambda: [sink.close() for sink in loop.sinks])
         return not loop.stopped
 
@@ -238,16 +242,16 @@ class Stage:
             hooks=[
                 Every(settings.eval_every, self.on_evaluate, "evaluation"),
                 Every(settings.log_every, self.on_log),
+                # last: what is told of a step goes with a checkpoint of it
+                Every(settings.save_every, self.on_save, "checkpoint"),
             ],
             sinks=on_rank_zero(partial(self.sinks, found, position)) or (),
             say=self.say,
             data_step=data["step"] if data else 0,
-                # last: what is told of a step goes with a checkpoint of it
-                Every(settings.save_every, self.on_save, "checkpoint"),
             sources=tuple(self.config.data.sources),
             clock=self.clock,
             mfu_per_rate=self.mfu_per_rate(model),
-            on_worker=self.on_worker(),
+            on_worker=self.on_worker,
         )
         self.influence = remixing(
             self.config,
@@ -315,15 +319,10 @@ class Stage:
         length = self.settings.max_seq_length
         return flops_per_token(model.model.config, parameters, length) / (peak * world()[1])
 
-    def on_worker(self) -> Callable[[dict[str, float]], None]:
-        """A sink for this worker's own metrics."""
-        sink = RayMetrics(run_name(self.config), worker=str(world()[0]))
-
-        def tell(metrics: dict[str, float]) -> None:
-            memory = {"worker/peak_memory_gb": peak_memory_gb(self.device)}
-            sink.write(self.name, 0, {**metrics, **memory})
-
-        return tell
+    def on_worker(self, metrics: dict[str, float]) -> None:
+        """This worker's own metrics into its own gauges."""
+        memory = {"worker/peak_memory_gb": peak_memory_gb(self.device)}
+        self.own.write(self.name, 0, {**metrics, **memory})
 
     def teacher(self, vocabulary: int) -> Teacher | None:
         """The teacher, if any objective asks for one."""

@@ -184,10 +184,14 @@ def test_all_that_was_asked_for_is_written_to(
 
 
 @pytest.mark.ray
-def test_gauges_stand_at_the_nodes_metrics_endpoint(ray_cluster: None) -> None:
-    """As Prometheus and the dashboard read them: the last value, by run, stage and source."""
+def test_gauges_stand_at_the_nodes_metrics_endpoint(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Prometheus and the dashboard read them: the last value, by run, stage and source. It stays
+    while nothing is told, longer than Ray keeps it by itself, until the stage is closed."""
     import ray
 
+    monkeypatch.setattr(sinks, "AGAIN_S", 0.5)
     sink = RayMetrics("a-run")
     for step, loss in ((1, 3.5), (2, 2.25)):
         sink.write("stage2", step, {
@@ -216,6 +220,10 @@ def test_gauges_stand_at_the_nodes_metrics_endpoint(ray_cluster: None) -> None:
     assert 'probe="my_code"' in by_source["influence_score"]
     assert 'source="old_code"' in by_source["influence_score"]
     assert 'probe="code"' in by_source["influence_dot"]
+    time.sleep(6)
+    assert 'run="a-run"' in scraped(), "as if no step ended any more"
+    sink.close()
+    _until(lambda: str('run="a-run"' in scraped()), "False")
 
 
 def _until(ask: Callable[[], str], word: str, seconds: float = 60) -> str:
