@@ -40,6 +40,20 @@ class StageFolder:
         """Whether the stage has ended."""
         return checkpoint.is_complete(self.final)
 
+    def left_out(self) -> list[range]:
+        """Steps that are taken without training on what they draw, after a spike of the loss."""
+        held = storage.read_json(self._left_out) if storage.exists(self._left_out) else []
+        return [range(*each) for each in held]
+
+    def leave_out(self, steps: range) -> None:
+        """Have these steps left out from the next start on."""
+        held = [*self.left_out(), steps]
+        storage.write_json(self._left_out, [[each.start, each.stop] for each in held])
+
+    @property
+    def _left_out(self) -> str:
+        return storage.join(self.run_dir, f"{self.stage}_checkpoint", "left_out.json")
+
     def result(self) -> dict[str, Any]:
         """What the stage left in its final checkpoint besides tensors."""
         return checkpoint.load_state(self.final)

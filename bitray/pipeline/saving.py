@@ -16,6 +16,7 @@ from bitray.settings import UserError
 from bitray.training.loop import Loop
 from bitray.training.metrics import Saving
 from bitray.training.parallel import from_rank_zero, on_rank_zero, world
+from bitray.training.spikes import Spike
 from bitray.training.state import tensors_of
 
 STOP = "STOP"
@@ -135,6 +136,28 @@ class Checkpoints:
         if world()[0] == 0:
             self._say(f"{self.folder.stage:<9} {error}; once more from the last checkpoint")
         raise Rewind(str(error)) from error
+
+    def spiked(self, spike: Spike, rewind: bool) -> None:
+        """Tell of a spike of the loss; `rewind`: and have the group start again from the last
+        checkpoint, to leave out all steps from there to here. What leads to a spike may lie before
+        it (PaLM, arXiv 2204.02311, section 5.1), and the step alone would come out the same."""
+        if rewind:
+            self.wait()
+
+        def tell() -> None:
+            left_out = range(0)
+            if rewind:
+                newest = checkpoint.newest_complete(self.folder.root)
+                begins = checkpoint.load_state(newest)["position"]["step"] if newest else 0
+                left_out = range(begins, spike.step + 1)
+                self.folder.leave_out(left_out)
+            self.note("loss_spike", **spike.facts(), left_out=list(left_out))
+            after = f"; once more without steps {left_out.start} to {spike.step}" if rewind else ""
+            self._say(f"{self.folder.stage:<9} {spike}{after}")
+
+        on_rank_zero(tell)
+        if rewind:
+            raise Rewind(f"{self.folder.stage}, {spike}")
 
     def close(self) -> None:
         """Let go of what is under way."""

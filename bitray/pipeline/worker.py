@@ -252,6 +252,8 @@ class Stage:
             clock=self.clock,
             mfu_per_rate=self.mfu_per_rate(model),
             on_worker=self.on_worker,
+            on_spike=partial(self.checkpoints.spiked, rewind=settings.loss_spike.rewind),
+            left_out=from_rank_zero(self.folder.left_out),
         )
         self.influence = remixing(
             self.config,

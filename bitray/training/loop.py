@@ -15,7 +15,7 @@ from bitray.models.batch import Batch
 from bitray.models.losses import LossModel, Metrics, Term
 from bitray.nn.curricula import set_saliency, set_sparsity, track_columns, update_columns
 from bitray.nn.linear import set_strength
-from bitray.optim import Reports, clip_grad_norm, set_learning_rates
+from bitray.optim import Norms, Reports, clip_grad_norm, set_learning_rates
 from bitray.settings import UserError
 from bitray.training.goodput import PRODUCTIVE, Clock
 from bitray.training.metrics import Sink, write_all
@@ -27,6 +27,7 @@ from bitray.training.parallel import (
     world,
 )
 from bitray.training.settings import TrainingSettings
+from bitray.training.spikes import Spike
 from bitray.training.state import Position
 from bitray.training.teacher import Teacher
 from bitray.training.watch import OwnWork, Stragglers
@@ -115,6 +116,10 @@ class Loop:
     """Model FLOPs utilisation for one token a second, of all workers; None: not known."""
     on_worker: Callable[[dict[str, float]], None] = lambda _: None
     """Told this worker's own metrics, on every worker, whenever there are metrics of all."""
+    on_spike: Callable[[Spike], None] = lambda _: None
+    """Told on every worker of a step whose loss stands out, before its update."""
+    left_out: Sequence[range] = ()
+    """Steps whose batches are drawn and not trained on."""
     say: Callable[[str], None] = lambda _: None
     """Where a worker that is slow is named."""
     window: Window = field(default_factory=Window)
@@ -190,17 +195,52 @@ class Loop:
         weights = settings.weights(step)
         passes = [p for ticket, batch in batches for p in self._passes(ticket, batch, weights)]
         counts = self._count([batch for _, batch in batches], passes, weights)
+        self._note([batch for _, batch in batches], counts)
+        if any(position.step in steps for steps in self.left_out):
+            position.skipped += 1
+        else:
+            self._train(passes, counts, weights)
+        position.step += 1
+        position.schedule_step += 1
+
+    def _train(
+        self, passes: list[Pass], counts: dict[str, float], weights: dict[str, float]
+    ) -> None:
+        """Forward, backward and update of a step."""
         weights = self._balanced(passes, counts, weights)
         scales = {name: weight / max(counts[name], 1.0) for name, weight in weights.items()}
-        if len(scales) > 1 and position.step % settings.grad_norms_every == 0:
+        if len(scales) > 1 and self.position.step % self.settings.grad_norms_every == 0:
             self.window.term_norms = self._gradient_norms(passes, scales)
         found = []
         for index, each in enumerate(passes):
             synchronize_gradients(self.model, on=index == len(passes) - 1)
             found.append(self._forward_backward(each, scales))
-        self._note([batch for _, batch in batches], counts)
+        self._watch_loss(found, scales)
         if self._update():
             self._add(found, counts, weights)
+
+    def _watch_loss(self, found: list[Metrics], scales: dict[str, float]) -> None:
+        """Tell of a loss that stands out from those before it."""
+        given, position = self.settings.loss_spike, self.position
+        if not given.enabled:
+            return
+        if position.schedule_step in self.settings.turns:
+            position.losses = Norms()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for metrics in found:
+            for name, scale in scales.items():
+                if f"{name}/sum" in metrics:
+                    total += scale * metrics[f"{name}/sum"].double()
+        loss = all_reduce_sums(total).item()
+        if not math.isfinite(loss):  # nor is its gradient
+            return
+        usual = given.limit(position.losses, loss)
+        if usual < loss:
+            size = self.settings.gradient_accumulation_steps
+            first = (self.data_step - 1) * size
+            tickets = (first, first + size - 1)
+            self.on_spike(Spike(position.step, loss, position.losses.mean, tickets))
+        position.losses = given.watch(position.losses, usual)
 
     def _quantise(self, step: int, total: int) -> None:
         """Strength, salient columns and sparsity of a step."""
@@ -351,8 +391,6 @@ class Loop:
                     f"{position.skipped_in_a_row} steps in a row; lower the learning rate"
                 )
         self.optimizer.zero_grad(set_to_none=True)
-        position.step += 1
-        position.schedule_step += 1
         return math.isfinite(norm)
 
     def _zclip(self, norm: float) -> None:

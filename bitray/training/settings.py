@@ -19,6 +19,7 @@ from bitray.schedules import (
 from bitray.settings import Settings, nearest
 from bitray.training.fp8 import FP8
 from bitray.training.plateau import EarlyStopping
+from bitray.training.spikes import LossSpike
 
 
 class Packing(Settings):
@@ -143,6 +144,7 @@ class TrainingSettings(Settings):
     schedule: LearningRateSchedule = LearningRateSchedule()
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     zclip: ZClip = ZClip()
+    loss_spike: LossSpike = LossSpike()
     max_skipped_steps: int = Field(default=10, ge=1)
     """Stop after so many steps in a row with a gradient that is not finite."""
     lambda_warmup: StrengthWarmup = StrengthWarmup()

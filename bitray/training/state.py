@@ -43,6 +43,8 @@ class Position:
     """Lowest mean held-out loss so far."""
     norms: Norms = field(default_factory=Norms)
     """What ZClip knows of gradient norms."""
+    losses: Norms = field(default_factory=Norms)
+    """What is known of losses, to tell a spike."""
     plateau: Plateau = field(default_factory=Plateau)
     ended: str | None = None
     """Why the stage has ended before its last step."""
@@ -52,8 +54,8 @@ class Position:
     @classmethod
     def from_json(cls, held: dict[str, Any]) -> "Position":
         """What `as_json` made of it."""
-        norms, plateau = Norms(*held.get("norms", ())), Plateau(*held.get("plateau", ()))
-        return cls(**held | {"norms": norms, "plateau": plateau})
+        kinds = {"norms": Norms, "losses": Norms, "plateau": Plateau}
+        return cls(**held | {name: kind(*held.get(name, ())) for name, kind in kinds.items()})
 
 
 def tensors_of(model: LossModel, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from bitray.training import state
 from bitray.training.loop import Every, Loop, autocast_for
 from bitray.training.metrics import Console, JsonLines
 from bitray.training.settings import Resume, TrainingSettings
+from bitray.training.spikes import Spike
 from bitray.training.state import Position
 from bitray.training.teacher import InProcessTeacher
 
@@ -346,6 +348,43 @@ def test_a_skipped_step_is_in_no_average() -> None:
     for name, value in weights(three).items():
         assert torch.equal(value, weights(run)[name])
     poison.remove()
+
+
+def spoilt(steps: range, start: int = 0) -> Iterator[tuple[int, Batch]]:
+    """Tickets of two a step; in some steps every label is wrong."""
+    for ticket, found in tickets(start):
+        wrong = torch.where(found.labels >= 0, 60, found.labels)
+        yield ticket, replace(found, labels=wrong) if ticket // 2 in steps else found
+
+
+SPIKY: dict[str, object] = {
+    "max_steps": 24, "loss_spike": {"warmup_steps": 10, "threshold": 4.0},
+}  # fmt: skip
+
+
+def test_a_loss_that_stands_out_is_told_with_its_tickets_and_spoils_no_mean() -> None:
+    told: list[Spike] = []
+    losses = Keep("train/loss")
+    run = loop(settings(**SPIKY), on_spike=told.append, sinks=[losses])
+    run.run(spoilt(range(15, 17)))
+    assert [(spike.step, spike.tickets) for spike in told] == [(15, (30, 31)), (16, (32, 33))]
+    assert told[0].loss == pytest.approx(losses.values[15], rel=1e-6)
+    assert told[1].mean < told[1].loss / 1.5
+    quiet = loop(settings(**SPIKY), on_spike=told.append)
+    quiet.run(tickets())
+    assert len(told) == 2 and quiet.position.losses.seen == 24
+
+
+def test_steps_that_are_left_out_are_drawn_and_change_nothing() -> None:
+    run, short = (loop(settings(max_steps=8), sources=("a",)) for _ in range(2))
+    run.left_out = [range(5, 8)]
+    run.run(tickets())
+    short.hooks = [Every(5, lambda each: setattr(each, "stopped", True))]
+    short.run(tickets())
+    for name, value in weights(short).items():
+        assert torch.equal(value, weights(run)[name])
+    assert (run.position.step, run.position.schedule_step, run.position.skipped) == (8, 8, 3)
+    assert run.data_step == 8 and run.position.tokens == 8 * 4 * 22
 
 
 def test_groups_follow_schedules_of_their_own() -> None:
