@@ -69,6 +69,7 @@ def test_wandb_is_told_of_steps_that_a_checkpoint_holds(
 ) -> None:
     """Steps 1 to 3, a checkpoint after the second; the worker dies, another goes on from there and
     takes step 3 again. No step is there twice."""
+    monkeypatch.setattr("bitray.training.metrics.CLOSING_SECONDS", 300.0)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     first = WeightsAndBiases("bitray", "a-run", "an-id", str(tmp_path), {})
@@ -88,6 +89,7 @@ def test_wandb_is_told_of_steps_that_a_checkpoint_holds(
 def test_what_wandb_wrote_offline_goes_to_the_runs_storage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3: str
 ) -> None:
+    monkeypatch.setattr("bitray.training.metrics.CLOSING_SECONDS", 300.0)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     sink = WeightsAndBiases("bitray", "a-run", "an-id", f"{s3}/run", {})
