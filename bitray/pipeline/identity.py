@@ -26,6 +26,7 @@ _BESIDE = {
 }  # fmt: skip
 """The same within a stage."""
 FILE = "fingerprint.json"
+UNKNOWN = "unknown"
 
 
 def mathematical_settings(config: Config) -> dict[str, Any]:
@@ -130,11 +131,16 @@ def _sources() -> str:
 
 
 def _git() -> dict[str, str]:
-    def ask(*words: str) -> str:
-        here = Path(__file__).parent
-        answer = subprocess.run(
-            ["git", "-C", here, *words], capture_output=True, text=True, check=False
-        )
-        return answer.stdout.strip() if answer.returncode == 0 else "unknown"
+    """The commit of the sources, and whether they differ from it; `UNKNOWN` where git is not there,
+    or does not know them."""
+    commit, changes = _ask("rev-parse", "HEAD"), _ask("status", "--porcelain")
+    dirty = None if changes is None else str(bool(changes))
+    return {"commit": commit or UNKNOWN, "dirty": dirty or UNKNOWN}
 
-    return {"commit": ask("rev-parse", "HEAD"), "dirty": str(bool(ask("status", "--porcelain")))}
+
+def _ask(*words: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *words]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

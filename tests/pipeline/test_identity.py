@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bitray import Config
-from bitray.pipeline.identity import claim, fingerprint, mathematical_settings
+from bitray.pipeline.identity import claim, environment, fingerprint, mathematical_settings
 from bitray.settings import UserError
 
 
@@ -50,3 +50,20 @@ def test_a_run_that_never_began_may_become_another(tmp_path: Path) -> None:
     """Its data could not be read, say; the user takes the bad file away and tries again."""
     first = claim(config(tmp_path), {"256": {"source 'a'": "a"}})
     assert claim(config(tmp_path), {"256": {"source 'a'": "without the bad file"}}) != first
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("PATH", "/nowhere"), ("GIT_DIR", "/nowhere")], ids=["git", "repository"]
+)
+def test_a_machine_without_git_or_its_repository_runs_and_claims_nothing_of_the_sources(
+    variable: str,
+    value: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert claim(config(tmp_path), {})
+    found = environment()
+    assert found["commit"] == found["dirty"] == "unknown"
+    assert "not committed" not in capsys.readouterr().out
