@@ -16,6 +16,7 @@ from typing import Any
 
 from bitray import storage
 from bitray.lease import Claim
+from bitray.settings import UserError
 
 FOLDER = "events"
 
@@ -55,9 +56,10 @@ def read_events(run_dir: str) -> list[dict[str, Any]]:
 def _read(run_dir: str) -> Iterator[dict[str, Any]]:
     folder = storage.join(run_dir, FOLDER)
     for found in storage.list_files(folder, (".jsonl",)) if storage.exists(folder) else ():
-        whole = storage.read_text(found.uri).rpartition("\n")[0]  # a crash may cut the last line
-        for line in whole.splitlines():
-            yield json.loads(line) | {"file": found.uri}
+        for number, event in enumerate(storage.read_json_lines(found.uri), 1):
+            if not isinstance(event, dict) or not event.keys() >= {"time", "kind", "epoch"}:
+                raise UserError(f"{found.uri}, line {number}: is no event")
+            yield event | {"file": found.uri}
 
 
 def _append(path: Path, line: str) -> None:

@@ -99,6 +99,11 @@ def acquire(run_dir: str, now: Callable[[], float] = time.time) -> Claim:
     return claim
 
 
+def released(run_dir: str, epoch: int) -> bool:
+    """Whether the holder of an epoch has ended in good order; False of one that was killed."""
+    return storage.exists(_released(run_dir, epoch))
+
+
 @contextmanager
 def held(run_dir: str) -> Iterator[Claim]:
     """Inside, the lease is held, and a thread beats for it. It is released in the end, and also
@@ -138,7 +143,7 @@ def _released(run_dir: str, epoch: int) -> str:
 
 def _held(run_dir: str, epoch: int, now: float) -> str | None:
     """Who holds an epoch, in words; None if it is released, stale, or its process is no more."""
-    if storage.exists(_released(run_dir, epoch)):
+    if released(run_dir, epoch):
         return None
     holder = storage.read_json(_file(run_dir, epoch))
     heard, uri = holder, _beat(run_dir, epoch)

@@ -167,6 +167,18 @@ def read_json(uri: str) -> Any:
         raise UserError(f"{uri}, line {error.lineno}: not JSON: {error.msg}") from None
 
 
+def read_json_lines(uri: str) -> list[Any]:
+    """The value of each line of a file; of a last one without an end, which is still being written
+    or was cut off by a crash, none."""
+    found = []
+    for number, line in enumerate(read_text(uri).rpartition("\n")[0].splitlines(), 1):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{uri}, line {number}: not JSON: {error.msg}") from None
+    return found
+
+
 def fetch(uri: str, cache_dir: str) -> str:
     """A local path with the content of `uri`: itself where local, else a copy in `cache_dir`.
 

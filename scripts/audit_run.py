@@ -3,17 +3,17 @@
 1. Every ticket is committed at most once per lineage, without holes. 2. Checkpoints that count
 verify, and every start continued from the newest of them. 3. Decisions about the mixture are
 ordered, lead by what was promised and stay within their bounds. 4. One writer: epochs of the lease
-never fall. 5. Tokens trained are the sum over the rows. 9. No secret of this environment is in any
-text. (The numbers are those of the invariants in the design.) Exit status 1 if any is broken, with
-a sentence for each place.
+never fall. 5. Tokens trained are the sum over the rows. 8. Every attempt says how it ended, and why
+if it failed; one that was killed could not. 9. No secret of this environment is in any text. (The
+numbers are those of the invariants in the design.) Exit status 1 if any is broken or something
+cannot be read, with a sentence for each place; 2 where there is no run.
 """
 
 import argparse
-import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from bitray.data.manifest import read_manifest
 from bitray.data.mixture import PHASE, Mixture
 from bitray.data.shards import Shards
 from bitray.data.weights import UNIT
-from bitray.events import read_events
+from bitray.events import FOLDER, read_events
+from bitray.pipeline.report import read_metrics
 from bitray.settings import UserError
 
 SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|ACCESS_KEY|CREDENTIALS?)(_|$)")
@@ -34,31 +35,54 @@ BINARY = (".distcp", ".gguf", ".safetensors", ".arrow", ".metadata", ".wandb", "
 CHUNK = 4096
 CLOCKS_S = 2.0
 """How far clocks of two machines may lie apart before an event counts as late."""
+ENDINGS = ("end", "stop", "failed")
 Event = dict[str, Any]
 
 
 def audit(run_dir: str, rows: bool = True) -> list[str]:
-    """A sentence for every violation that is found; `rows` reads the prepared rows again."""
-    events = read_events(run_dir)
-    stages = {
-        each.rpartition("/")[2].removesuffix("_checkpoint"): each for each in _stages(run_dir)
-    }
-    found = [*_writers(run_dir, events), *_secrets(run_dir)]
-    for stage, folder in stages.items():
-        root = storage.join(folder, "checkpoints")
+    """A sentence for every violation that is found; `rows` reads the prepared rows again.
+    `UserError` where there is no run."""
+    if not storage.exists(storage.join(run_dir, FOLDER)):
+        raise UserError(_no_run(run_dir))
+    found = list(_secrets(run_dir))
+    try:
+        events = read_events(run_dir)
+    except UserError as error:
+        return [*found, f"{error}; so nothing else was checked"]
+    found += _told(run_dir, _writers(run_dir, events))
+    found += _told(run_dir, _endings(run_dir, events))
+    for folder in _stages(run_dir):
+        stage = folder.rpartition("/")[2].removesuffix("_checkpoint")
+        root, uri = (
+            storage.join(folder, "checkpoints"),
+            storage.join(run_dir, "mixture", f"{stage}.json"),
+        )
         mine = [event for event in events if event.get("stage") == stage]
         states = dict(_states(root))
-        found += _checkpoints(root, mine)
-        found += _starts(stage, root, mine, _lineages(events))
-        found += _tickets(run_dir, stage, states, mine)
-        uri = storage.join(run_dir, "mixture", f"{stage}.json")
-        if storage.exists(uri):
-            values = storage.read_json(uri)
-            found += _journal(uri, values, lease.newest_epoch(run_dir))
-            found += _states_follow(states, values)
-            if rows and states:
-                found += _tokens(stage, Mixture.from_json(values), states, mine)
+        found += _told(root, _checkpoints(root, mine))
+        found += _told(root, _starts(stage, root, mine, _lineages(events)))
+        found += _told(run_dir, _tickets(run_dir, stage, states, mine))
+        found += _told(
+            uri, _mixture(uri, lease.newest_epoch(run_dir), states, mine if rows else [])
+        )
     return found
+
+
+def _no_run(run_dir: str) -> str:
+    below = storage.list_dirs(run_dir) if storage.exists(run_dir) else []
+    runs = [one for one in below if storage.exists(storage.join(one, FOLDER))]
+    hint = f"; there are {', '.join(runs)}" if runs else ""
+    return f"{run_dir}: there is no run, for it has no {FOLDER}/{hint}"
+
+
+def _told(where: str, check: Iterable[str]) -> Iterator[str]:
+    """What a check finds. What it cannot read is a violation, too."""
+    try:
+        yield from check
+    except UserError as error:
+        yield str(error)
+    except (KeyError, TypeError, ValueError) as error:
+        yield f"{where}: holds what no run writes: {error!r}"
 
 
 def _stages(run_dir: str) -> list[str]:
@@ -110,6 +134,24 @@ def _writers(run_dir: str, events: list[Event]) -> Iterator[str]:
                 f"{event['file']}: a {event['kind']} of epoch {event['epoch']} was written after "
                 f"epoch {max(taken)} had begun"
             )
+
+
+# --------------------------------------------------------------------------------------- endings
+
+
+def _endings(run_dir: str, events: list[Event]) -> Iterator[str]:
+    """Invariant 8, as far as a driver can tell: nobody writes that he was killed."""
+    ended = {event["epoch"]: event for event in events if event["kind"] in ENDINGS}
+    for event in events:
+        epoch = event["epoch"]
+        if event["kind"] == "failed" and not event.get("reason"):
+            yield f"{event['file']}: epoch {epoch} failed, and does not say why"
+        if event["kind"] != "lease" or epoch in ended:
+            continue
+        if lease.released(run_dir, epoch):
+            yield f"{event['file']}: epoch {epoch} is over, and does not say how it ended"
+        else:
+            print(f"note: the driver of epoch {epoch} goes on, or was killed")
 
 
 # ------------------------------------------------------------------------------- checkpoints
@@ -165,8 +207,7 @@ def _tickets(
     """Invariant 1: each step stands once in the metrics, none is left out, tokens only grow and
     are those of the checkpoints."""
     uri = storage.join(run_dir, "metrics.jsonl")
-    text = storage.read_text(uri).rpartition("\n")[0] if storage.exists(uri) else ""
-    lines = [line for line in map(json.loads, text.splitlines()) if line["stage"] == stage]
+    lines = [line for line in read_metrics(run_dir) if line["stage"] == stage]
     trained = [line for line in lines if "train/tokens" in line]
     starts = [event for event in events if event["kind"] == "resume"]
     if not trained or not starts:
@@ -214,6 +255,19 @@ def _states_follow(states: Mapping[str, Any], mixture: Mapping[str, Any]) -> Ite
 # ------------------------------------------------------------------------------------ the mixture
 
 
+def _mixture(
+    uri: str, newest: int, states: Mapping[str, Any], events: list[Event]
+) -> Iterator[str]:
+    """What the journal of a stage says, and what follows from it."""
+    if not storage.exists(uri):
+        return
+    values = storage.read_json(uri)
+    yield from _journal(uri, values, newest)
+    yield from _states_follow(states, values)
+    if states:
+        yield from _tokens(Mixture.from_json(values), states, events)
+
+
 def _journal(uri: str, values: Mapping[str, Any], newest: int) -> Iterator[str]:
     """Invariants 3 and 4."""
     stage, journal = values["stage"], values["journal"]
@@ -245,16 +299,14 @@ def _journal(uri: str, values: Mapping[str, Any], newest: int) -> Iterator[str]:
             yield f"{where}: weights {shares.round(4).tolist()} are not within {low} and {high}"
 
 
-def _tokens(
-    stage: str, mixture: Mixture, states: Mapping[str, Any], events: list[Event]
-) -> Iterator[str]:
+def _tokens(mixture: Mixture, states: Mapping[str, Any], events: list[Event]) -> Iterator[str]:
     """Invariant 5: the tokens of every checkpoint are those of the rows that the plan gives."""
     starts = [event for event in events if event["kind"] == "resume"]
     if not starts or starts[0]["step"] or any(e["step"] != e["data_step"] for e in starts):
         return  # begun elsewhere, or told to count afresh
     manifest = read_manifest(starts[-1]["prepared"])
     if manifest is None:
-        print(f"note: {starts[-1]['prepared']} is not there, so tokens of '{stage}' are not summed")
+        print(f"note: {starts[-1]['prepared']} is not there, so tokens are not summed")
         return
     shards, plan = Shards(starts[-1]["prepared"], manifest), mixture.plan
     size, total, done = mixture.stage.rows_per_step, 0, 0
@@ -303,13 +355,14 @@ def main() -> None:
     parser.add_argument("--no-rows", action="store_true", help="do not sum the tokens of all rows")
     said = parser.parse_args()
     run_dir = storage.absolute(said.run_dir)
-    if not storage.exists(run_dir):
-        sys.exit(f"error: {run_dir}: there is no such run")
-    found = audit(run_dir, rows=not said.no_rows)
+    try:
+        found = audit(run_dir, rows=not said.no_rows)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     for sentence in found:
         print(f"violation: {sentence}")
-    count = len(read_events(run_dir))
-    print(f"{run_dir}: {count} events, {len(_stages(run_dir))} stages, {len(found)} violations")
+    print(f"{run_dir}: {len(_stages(run_dir))} stages, {len(found)} violations")
     sys.exit(1 if found else 0)
 
 

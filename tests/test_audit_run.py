@@ -86,7 +86,7 @@ class Run:
         checkpoint.save(self.step(step), {"model": {"w": torch.ones(3)}}, state)
         worker.write("checkpoint", stage="stage2", step=step, directory=self.step(step))
 
-    def event(self, kind: str, number: int, **changes: Any) -> None:
+    def event(self, kind: str, number: int, /, **changes: Any) -> None:
         """Alter the `number`-th event of a kind."""
         found = 0
         for path in sorted((self.folder / "events").iterdir(), key=lambda p: p.name):
@@ -153,6 +153,12 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def spoil(path: Path, line: str) -> None:
+    """Put something into the second line of a file, or behind a first one."""
+    first, *rest = path.read_text().splitlines()
+    path.write_text("".join(f"{each}\n" for each in (first, line, *rest)))
+
+
 def entry(**changes: Any) -> Callable[[Run], None]:
     """The journal's decision, altered."""
     return lambda run: run.json(
@@ -213,6 +219,27 @@ PLANTED: dict[str, tuple[Callable[[Run], Any], str]] = {
         ),
         "counts 7 tokens, and its rows have",
     ),
+    "a failure without a cause": (
+        lambda r: r.event("stop", 0, kind="failed", reason=""), "epoch 1 failed, and does not say"
+    ),
+    "an end without a word": (
+        lambda r: r.event("end", 0, kind="note"), "epoch 2 is over, and does not say how it ended"
+    ),
+    "an event that is broken": (
+        lambda r: spoil(next(r.folder.glob("events/*-driver-*")), "{"), "line 2: not JSON"
+    ),
+    "an event that is none": (
+        lambda r: spoil(next(r.folder.glob("events/*-stage2-*")), "[]"), "line 2: is no event"
+    ),
+    "an event that lacks what it tells": (
+        lambda r: r.event("resume", 0, log_every=None), "holds what no run writes"
+    ),
+    "metrics that are broken": (
+        lambda r: spoil(r.folder / "metrics.jsonl", "nonsense"), "metrics.jsonl, line 2: not JSON"
+    ),
+    "a mixture that is broken": (
+        lambda r: spoil(r.folder / "mixture/stage2.json", "?"), "stage2.json, line 2: not JSON"
+    ),
     "a secret": (
         lambda r: (r.folder / "config.yaml").write_text("key: hunter2hunter2"),
         "holds the value of WANDB_API_KEY",
@@ -234,3 +261,27 @@ def test_a_planted_violation_is_found(
     told = capsys.readouterr().out
     assert left.value.code == 1 and said in told, told
     assert "hunter2" not in told
+
+
+def test_a_driver_that_was_killed_could_not_say_how_it_ended(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.event("stop", 0, kind="note")
+    (run.folder / "lease/000001.released").unlink()
+    assert audit(str(run.folder)) == []
+    assert "note: the driver of epoch 1 goes on, or was killed" in capsys.readouterr().out
+
+
+def test_a_folder_that_holds_no_run_is_not_green(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, hint in (
+        (run.folder.parent, f"; there are {run.folder}\n"),
+        (run.folder / "x", "\n"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["audit_run.py", str(folder)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        said = capsys.readouterr().err
+        assert left.value.code == 2
+        assert said == f"error: {folder}: there is no run, for it has no events/{hint}"

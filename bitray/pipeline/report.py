@@ -2,7 +2,6 @@
 
 import html
 import io
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -80,9 +79,7 @@ tbody tr:nth-child(even),pre{background:#242424}}
 def read_metrics(run_dir: str) -> list[dict[str, Any]]:
     """All whole lines of a run's `metrics.jsonl`, which may still be written."""
     uri = storage.join(run_dir, "metrics.jsonl")
-    if not storage.exists(uri):
-        return []
-    return [json.loads(line) for line in storage.read_text(uri).rpartition("\n")[0].splitlines()]
+    return storage.read_json_lines(uri) if storage.exists(uri) else []
 
 
 def write_report(
