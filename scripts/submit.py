@@ -5,7 +5,8 @@
 
 It is `ray job submit --working-dir . --submission-id RUN-ATTEMPT --metadata-json '{"run": RUN}'
 --runtime-env-json ... -- python jobs/pretrain.py ...`: Ray refuses a submission id that was used
-before, so every attempt counts on. What `.gitignore` and `.rayignore` name is not uploaded.
+before, so every attempt counts on. A second job for the same run or sweep is refused while the
+first goes on. What `.gitignore` and `.rayignore` name is not uploaded.
 `python` is the one on the PATH of the cluster's head, unless `--python` names another, for driver
 and workers. The token of a cluster is taken from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or
 ~/.ray/auth_token, with RAY_AUTH_MODE=token.
@@ -13,45 +14,63 @@ and workers. The token of a cluster is taken from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN
 
 import argparse
 import asyncio
-import os
 import re
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from bitray import Config
+from bitray.pipeline.cli import parsed
 from bitray.pipeline.smoke import Smoke
 from bitray.settings import UserError
+from bitray.tuning import SearchSpace
 
 STOP_SECONDS = "300"
 """What `ray job stop` leaves a run for its last checkpoint; Ray's own: 3."""
 START_SECONDS = 300.0
 
 
-def run_name(job: str, words: list[str]) -> str:
-    """The run's folder, for jobs that make one; else the job's own name."""
-    kinds = {"pretrain": Config, "prepare": Config, "smoke": Smoke}
+class Name(NamedTuple):
+    """Of a job."""
+
+    text: str
+    alone: bool
+    """Whether it writes a folder in which nobody else may write meanwhile."""
+
+
+def name_of(job: str, words: Sequence[str]) -> Name:
+    """The folder's name of a run or a sweep; what holds neither goes by what it does."""
     stem = Path(job).stem
-    if stem not in kinds:
-        return stem
-    settings = [word for word in words if not word.startswith("--")]
-    name = kinds[stem].load(None, settings).run_dir.rpartition("/")[2]
-    return name if stem != "prepare" else f"prepare_{name}"
+    if stem not in ("pretrain", "prepare", "smoke", "tune"):
+        return Name(stem, alone=False)
+    said = parsed(words, dry_run=True, preview=True, analyze_only=True)
+    if said.analyze_only:
+        return Name(f"analyze_{Path(said.analyze_only).name}", alone=False)
+    if stem == "tune":
+        path, *own = said.words or [""]
+        folder = SearchSpace.load(path or None, own).config().experiment or Path(path).stem
+    else:
+        kind = Smoke if stem == "smoke" else Config
+        folder = kind.load(said.config, said.words).run_dir.rpartition("/")[2]
+    if stem == "prepare" or said.dry_run:
+        return Name(f"{'dry_run' if said.dry_run else stem}_{folder}", alone=False)
+    return Name(folder, alone=True)
 
 
-def attempt_of(client: JobSubmissionClient, name: str) -> int:
-    """The number of the next attempt; `UserError` if one goes on."""
-    pattern, attempts = re.compile(re.escape(name) + r"-(\d+)$"), [0]
+def attempt_of(client: JobSubmissionClient, name: Name) -> int:
+    """The number of the next attempt; `UserError` if one goes on that is to be alone."""
+    pattern, attempts = re.compile(re.escape(name.text) + r"-(\d+)$"), [0]
     for job in client.list_jobs():
         if found := pattern.match(job.submission_id or ""):
             attempts.append(int(found[1]))
-            if not job.status.is_terminal():
+            if name.alone and not job.status.is_terminal():
                 raise UserError(
-                    f"{name} is being driven by job {job.submission_id} ({job.status}); "
+                    f"{name.text} is being driven by job {job.submission_id} ({job.status}); "
                     f"`ray job stop {job.submission_id}` ends it with a checkpoint"
                 )
     return max(attempts) + 1
@@ -83,15 +102,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--address", default=os.environ.get("RAY_API_SERVER_ADDRESS"))
+    parser.add_argument("--address", help="of the dashboard; else as `ray job submit` finds it")
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--python", metavar="PATH", help="the cluster's interpreter")
     parser.add_argument("--no-wait", action="store_true", help="do not follow the job")
     parser.add_argument("job", help="jobs/NAME.py")
     parser.add_argument("words", nargs=argparse.REMAINDER, help="the job's own arguments")
     said = parser.parse_args()
-    name = run_name(said.job, said.words)
-    client = JobSubmissionClient(said.address or "http://127.0.0.1:8265")
+    name = name_of(said.job, said.words)
+    client = JobSubmissionClient(said.address)
     attempt = attempt_of(client, name)
     variables = dict(pair.split("=", 1) for pair in said.env)
     runtime = {
@@ -102,9 +121,9 @@ def main() -> int:
     submission = submitted(
         client,
         entrypoint=shlex.join([said.python or "python", said.job, *said.words]),
-        submission_id=f"{name}-{attempt}",
+        submission_id=f"{name.text}-{attempt}",
         runtime_env=runtime,
-        metadata={"run": name, "attempt": str(attempt)},
+        metadata={"run": name.text, "attempt": str(attempt)},
     )
     print(f"submitted {submission}", flush=True)
     return 0 if said.no_wait else asyncio.run(follow(client, submission))

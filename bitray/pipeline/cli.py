@@ -5,7 +5,7 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -41,24 +41,7 @@ def job(main: Callable[[Arguments], None], doc: str, root: type[Composed], **fla
 
     `flags` says which of `dry_run`, `preview` and `analyze_only` the job knows; `doc` is its help.
     """
-    parser = _Parser(
-        allow_abbrev=False,
-        description=doc,
-        epilog=_groups(root),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", metavar="FILE", help="a YAML file of settings")
-    if flags.get("dry_run"):
-        parser.add_argument("--dry-run", action="store_true", help="check and plan, then stop")
-    if flags.get("preview"):
-        shown = "show N rows of every source"
-        parser.add_argument("--preview", type=_number_of_rows, metavar="N", help=shown)
-    if flags.get("analyze_only"):
-        parser.add_argument(
-            "--analyze-only", metavar="SWEEP", help="write the report of a sweep's folder again"
-        )
-    parser.add_argument("words", nargs="*", metavar="group=name | path.to.key=value")
-    arguments = Arguments(**vars(parser.parse_intermixed_args()))
+    arguments = parsed(sys.argv[1:], doc, _groups(root), **flags)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it counts its retries, twice each
     if not sys.stderr.isatty():
@@ -73,6 +56,36 @@ def job(main: Callable[[Arguments], None], doc: str, root: type[Composed], **fla
             raise
         print(f"error: {said}", file=sys.stderr)
         sys.exit(2)
+
+
+def parsed(
+    words: Sequence[str],
+    doc: str = "",
+    epilog: str = "",
+    *,
+    dry_run: bool = False,
+    preview: bool = False,
+    analyze_only: bool = False,
+) -> Arguments:
+    """The command line of a job that knows these flags."""
+    parser = _Parser(
+        allow_abbrev=False,
+        description=doc,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", help="a YAML file of settings")
+    if dry_run:
+        parser.add_argument("--dry-run", action="store_true", help="check and plan, then stop")
+    if preview:
+        shown = "show N rows of every source"
+        parser.add_argument("--preview", type=_number_of_rows, metavar="N", help=shown)
+    if analyze_only:
+        parser.add_argument(
+            "--analyze-only", metavar="SWEEP", help="write the report of a sweep's folder again"
+        )
+    parser.add_argument("words", nargs="*", metavar="group=name | path.to.key=value")
+    return Arguments(**vars(parser.parse_intermixed_args(words)))
 
 
 def _number_of_rows(word: str) -> int:

@@ -7,9 +7,15 @@ import sys
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from machines import ROOT, Machines
+from ray.job_submission import JobStatus
+from submit import Name, attempt_of, name_of
+
+from bitray.settings import UserError
 
 RAY = Path(sys.executable).parent / "ray"
 
@@ -58,6 +64,54 @@ def test_every_smoke_combination_passes(
     submission = machines.submit("jobs/smoke.py", [*said, "data.sources.code.max_bytes=200000"])
     assert submission == f"smoke_{combo}_{workers}-1"
     assert "smoke     passed: " in machines.succeeded(submission)
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> str:
+    """A file of settings."""
+    (tmp_path / "mine.yaml").write_text("experiment: mine\n")
+    return str(tmp_path / "mine.yaml")
+
+
+def test_a_job_is_named_by_the_folder_that_it_writes(mine: str) -> None:
+    """Words mean what they mean to the job itself."""
+    space = str(ROOT / "search_spaces/demo.yaml")
+    for job, words, name in [
+        ("pretrain", [], "bitray_demo"),
+        ("pretrain", ["--config", mine], "mine"),
+        ("pretrain", ["scaling=laptop", f"--config={mine}"], "mine"),
+        ("smoke", ["combo=dlm", "workers=2"], "smoke_dlm_2"),
+        ("tune", [space, "num_trials=30"], "demo"),
+        ("tune", [space, "experiment=other"], "other"),
+    ]:
+        assert name_of(f"jobs/{job}.py", words) == Name(name, alone=True)
+    with pytest.raises(SystemExit):
+        name_of("jobs/pretrain.py", ["--confg", mine])
+
+
+class Client:
+    """A cluster on which these jobs go on."""
+
+    def __init__(self, *running: str) -> None:
+        self.jobs = [SimpleNamespace(submission_id=j, status=JobStatus.RUNNING) for j in running]
+
+    def list_jobs(self) -> list[Any]:
+        return self.jobs
+
+
+def test_only_what_writes_a_run_is_alone(mine: str) -> None:
+    client: Any = Client("mine-1", "evaluate-4", "dry_run_mine-1", "prepare_mine-1")
+    space = str(ROOT / "search_spaces/demo.yaml")
+    with pytest.raises(UserError, match="mine is being driven by job mine-1"):
+        attempt_of(client, name_of("jobs/pretrain.py", ["--config", mine]))
+    assert attempt_of(client, name_of("jobs/tune.py", [space])) == 1
+    for job, words, attempt in [
+        ("evaluate", ["checkpoint=a"], 5),
+        ("pretrain", ["--config", mine, "--dry-run"], 2),
+        ("prepare", ["--config", mine, "--preview", "2"], 2),
+        ("tune", ["--analyze-only", "runs/mine"], 1),
+    ]:
+        assert attempt_of(client, name_of(f"jobs/{job}.py", words)) == attempt
 
 
 def test_only_code_is_uploaded(tmp_path: Path) -> None:
