@@ -114,6 +114,10 @@ class Saver:
     One save is under way at a time; what went wrong with it is raised by the next call, on all
     ranks. The thread has a process group of its own, since its collectives run beside training's.
     Every rank makes one and makes the same calls.
+
+    `dcp.async_save` would end with the tensors' files. What makes them count comes after: hashes,
+    uploads, the lease, the marker, the removal of older ones, each agreed on by all ranks. So all
+    of `save` runs in our thread, and of torch's only the staging is taken.
     """
 
     def __init__(self, permit: Callable[[], None] = lambda: None) -> None:
