@@ -449,8 +449,9 @@ def expected(config: Config, model: PreTrainedModel) -> dict[str, Expected]:
             memory_gb=taken / GB,
             tokens_per_second=rate,
             how=how,
-            checkpoint_gb=(held.masters + held.optimizer) * workers / GB,
-            checkpoints=stage.keep_last + 2,  # the best and the final one
+            checkpoint_gb=(held.masters + held.optimizer) * config.scaling_of(name).fewest / GB,
+            # the best one, and one more: a step before an older one goes, or in the end the final
+            checkpoints=stage.keep_last + 2,
         )
     return found
 

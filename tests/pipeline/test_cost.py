@@ -86,6 +86,17 @@ def test_the_rate_is_a_share_of_the_peak_until_it_is_measured() -> None:
     assert f"{rate:,.0f}" in text and "assumed, at 40% of the peak" in text and "runpod $" in text
 
 
+def test_more_workers_share_a_checkpoint_and_do_not_make_it_larger() -> None:
+    """At most there are: those kept, a step that is written before an older one goes or the final
+    one, and the best."""
+    alone, elastic = (
+        expected(config, outline(config))["stage2"]
+        for config in (Config.load(overrides=[f"scaling.num_workers={n}"]) for n in (1, "[1,4]"))
+    )
+    assert elastic.checkpoint_gb == alone.checkpoint_gb > 0 and elastic.workers == 4
+    assert elastic.checkpoints == Config.load().stages["stage2"].keep_last + 2
+
+
 def test_nothing_is_made_up_where_the_peak_is_not_known() -> None:
     text = plan(Config.load())
     assert "time      stage2: unknown; probe=true measures it" in text
