@@ -199,7 +199,6 @@ class Logging(Settings):
 
     tensorboard: bool = True
     wandb: WandB = WandB()
-    level: Literal["debug", "info", "warning", "error"] = "info"
 
 
 class Distillation(Settings):

@@ -44,6 +44,7 @@ FRESH = "resume.fresh=true"
         (["--dryrun"], "--dryrun: there is no such flag (nearest: '--dry-run')"),
         (["--dry"], "--dry: there is no such flag (nearest: '--dry-run')"),
         (["--config"], "--config: expected one argument"),
+        (["logging.level=debug"], "logging.level: there is no such setting"),
     ],
 )  # fmt: skip
 def test_a_word_that_is_wrong(command: Command, words: list[str], sentence: str) -> None:
