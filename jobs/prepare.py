@@ -15,9 +15,11 @@ from bitray.pipeline.cli import Arguments, job
 
 def main(arguments: Arguments) -> None:
     config = Config.load(arguments.config, arguments.words)
+    from bitray.pipeline.folders import located
     from bitray.pipeline.inspect import preview
     from bitray.pipeline.run import prepare_only
 
+    config = located(config)
     print(prepare_only(config).text())
     if arguments.preview:
         print(preview(config, arguments.preview))

@@ -2,11 +2,35 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bitray import checkpoint, storage
 from bitray.pipeline.config import Config
 from bitray.settings import UserError
+
+UPLOADED = "working_dir_files"
+"""Folder of a Ray session in which jobs run that were submitted with their working directory."""
+
+
+def located(config: Config) -> Config:
+    """The configuration with absolute folders: workers start elsewhere."""
+    places = {"output_dir": lasting(config.output_dir)}
+    if config.data.prepared_dir:
+        places["data.prepared_dir"] = lasting(config.data.prepared_dir)
+    return config.override(places)
+
+
+def lasting(uri: str) -> str:
+    """The absolute place of what is to last. Where we run in Ray's copy of a working directory,
+    which is another one after every edit and goes when Ray needs the room, a relative place is
+    below the home folder instead; this is said."""
+    place, here = storage.absolute(uri), Path.cwd()
+    if UPLOADED not in here.parts or not Path(place).is_relative_to(here):
+        return place
+    kept = str(Path.home() / Path(place).relative_to(here))
+    print(f"note: {uri} is {kept}, for this job's own folder is Ray's, and does not last")
+    return kept
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,6 @@ from bitray.pipeline.folders import config_of, resolve_checkpoint, run_of
 from bitray.pipeline.material import Material, pinned, rooted
 from bitray.pipeline.report import Table
 from bitray.pipeline.requests import Evaluation, Export, Generation, Serving
-from bitray.pipeline.run import located
 from bitray.pipeline.session import ray_session
 from bitray.settings import UserError
 from bitray.training.loop import autocast_for, mean_loss
@@ -185,8 +184,8 @@ def _card(where: str) -> dict[str, Any]:
 
 
 def preview(config: Config, rows: int) -> str:
-    """The first rows of every source as training sees them; what no label asks for in ⟦ ⟧."""
-    config = located(config)
+    """The first rows of every source as training sees them, of a `located` configuration; what no
+    label asks for in ⟦ ⟧."""
     material = Material(config)
     folder = material.folders[max(material.kinds)]
     manifest, tokenizer = read_manifest(folder), load_tokenizer(material.tokenizer)

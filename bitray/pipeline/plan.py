@@ -30,7 +30,7 @@ from bitray.objectives import AttentionDistill, HiddenDistill
 from bitray.pipeline.cluster import coming, reserved_cpus
 from bitray.pipeline.config import Config
 from bitray.pipeline.cost import Expected, duration, money
-from bitray.pipeline.folders import named_checkpoint, stage_folder
+from bitray.pipeline.folders import located, named_checkpoint, stage_folder
 from bitray.pipeline.material import inputs_on_hub
 from bitray.pipeline.remix import schedule_of_mixture
 from bitray.pipeline.report import Table
@@ -43,18 +43,25 @@ from bitray.training.teacher_settings import Actors, InProcess, Offload, Server
 GB = 1e9
 
 
+def on_cluster() -> bool:
+    """Whether a run would be on a cluster that is there, rather than on this machine alone."""
+    return ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS"))
+
+
 def resources() -> dict[str, float]:
-    """CPUs and GPUs of the running cluster, with those that an autoscaler may bring, or of this
-    machine where none runs."""
-    if ray.is_initialized():
+    """CPUs and GPUs of the cluster, with those that an autoscaler may bring, or of this machine
+    where there is none."""
+    if not on_cluster():
+        return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+    with ray_session():
         here = {key: float(value) for key, value in ray.cluster_resources().items()}
         return here | {key: max(most, here.get(key, 0.0)) for key, most in coming().items()}
-    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
 
 
 def check_resources(config: Config, held: Mapping[str, float]) -> None:
-    """`UserError` if workers and readers together need more than the cluster has, where Ray would
-    wait for ever, or GPUs that this machine does not have."""
+    """`UserError` if workers and readers together need more than there is, where Ray would wait for
+    ever, or 8-bit floats that the GPUs here do not have."""
+    whose = "the cluster" if on_cluster() else "this machine"
     here = torch.cuda.is_available() and not os.environ.get("RAY_ADDRESS")
     if problem := config.fp8_problem(torch.cuda.get_device_capability() if here else None):
         raise UserError(problem)
@@ -67,13 +74,13 @@ def check_resources(config: Config, held: Mapping[str, float]) -> None:
             raise UserError(
                 f"scaling: stage {name} needs {cpus:g} CPUs ({scaling.fewest} workers x "
                 f"{scaling.cpus_per_worker:g} + {scaling.readers} readers x "
-                f"{scaling.cpus_per_reader:g}{beside}), the cluster has {held.get('CPU', 0.0):g}; "
+                f"{scaling.cpus_per_reader:g}{beside}), {whose} has {held.get('CPU', 0.0):g}; "
                 "lower scaling.num_workers, scaling.cpus_per_worker or scaling.readers"
                 + (" or model.teacher.cpus" if teacher else "")
             )
         if gpus > held.get("GPU", 0.0):
             raise UserError(
-                f"scaling: stage {name} needs {gpus:g} GPUs, the cluster has "
+                f"scaling: stage {name} needs {gpus:g} GPUs, {whose} has "
                 f"{held.get('GPU', 0.0):g}; take scaling=laptop to train on CPUs, or lower "
                 "scaling.num_workers" + (" or model.teacher.gpus" if teacher else "")
             )
@@ -355,7 +362,8 @@ def idle_turns(config: Config, stage: str) -> str | None:
 
 def plan(config: Config) -> str:
     """What `run` would do, as text; checks everything that can be checked without training."""
-    check_resources(config, resources())
+    config = located(config)
+    elsewhere = _elsewhere(config)
     inputs_on_hub(config)
     model = outline(config)
     parameters = sum(p.numel() for p in model.parameters())
@@ -380,12 +388,25 @@ def plan(config: Config) -> str:
         *_bill(config, stages),
         "",
         Table(header, rows).text(),
+        *elsewhere,
         *remixes,
         *filter(None, (idle_turns(config, name) for name in config.stages)),
         "",
         "nothing was trained (--dry-run)",
     ]
     return "\n".join(lines)
+
+
+def _elsewhere(config: Config) -> list[str]:
+    """A line where this machine cannot hold a run that is planned for GPUs elsewhere; `UserError`
+    where what has to hold it cannot."""
+    try:
+        check_resources(config, resources())
+    except UserError as error:
+        if on_cluster() or config.probe or not (config.cost.gpu or config.gpu):
+            raise
+        return [f"note      only a plan: {error}"]
+    return []
 
 
 def _teacher(config: Config) -> list[str]:

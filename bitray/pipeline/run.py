@@ -26,7 +26,7 @@ from bitray.pipeline.console import console
 from bitray.pipeline.cost import ESTIMATE, dump
 from bitray.pipeline.finish import Result, finish
 from bitray.pipeline.fit import fit, groups
-from bitray.pipeline.folders import skipped_by_name, stage_folder
+from bitray.pipeline.folders import located, skipped_by_name, stage_folder
 from bitray.pipeline.groups import RowKind, Scaling
 from bitray.pipeline.identity import claim
 from bitray.pipeline.interrupt import stoppable
@@ -229,8 +229,7 @@ def _check_held_out(manifests: dict[RowKind, Manifest]) -> None:
 
 
 def prepare_only(config: Config) -> Table:
-    """Prepare the rows of all stages; their counts."""
-    config = located(config)
+    """Prepare the rows of all stages of a `located` configuration; their counts."""
     with ray_session():
         material = Material(config)
         pin(config.run_dir, material.on_hub)
@@ -251,11 +250,3 @@ def prepare_only(config: Config) -> Table:
         for name, source in manifest.sources.items()
     ]
     return Table(header, rows)
-
-
-def located(config: Config) -> Config:
-    """The configuration with absolute folders: workers start elsewhere."""
-    places = {"output_dir": storage.absolute(config.output_dir)}
-    if config.data.prepared_dir:
-        places["data.prepared_dir"] = storage.absolute(config.data.prepared_dir)
-    return config.override(places)

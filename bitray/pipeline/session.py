@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,9 +11,11 @@ import ray
 import ray.data
 
 from bitray.pipeline.cluster import check_dashboard
+from bitray.settings import UserError
 
 OBJECT_STORE_BYTES = 300_000_000
 """Of a Ray of our own: rows pass through it a few at a time."""
+CONNECT_S = 10.0
 
 
 @contextmanager
@@ -26,6 +29,8 @@ def ray_session() -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
+    if address:
+        check_address(address)
     context: Any = ray.init(
         address or "local",  # not one that somebody else left running on this machine
         object_store_memory=None if address else OBJECT_STORE_BYTES,
@@ -38,3 +43,18 @@ def ray_session() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def check_address(address: str) -> None:
+    """`UserError` for a `RAY_ADDRESS` at which no Ray listens; Ray would try for five minutes."""
+    scheme, _, place = address.rpartition("://")
+    host, _, port = place.rpartition(":")
+    right = "give the HOST:PORT of a cluster, or unset it to work on this machine alone"
+    if scheme.startswith("http"):
+        raise UserError(f"RAY_ADDRESS={address}: jobs are submitted there; {right}")
+    if not port.isdigit():
+        return  # such as `auto`, for which Ray looks here
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+    except OSError as error:
+        raise UserError(f"RAY_ADDRESS={address}: nobody answers ({error}); {right}") from None

@@ -19,12 +19,13 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 
 from bitray import storage
 from bitray.pipeline.config import Config
+from bitray.pipeline.folders import lasting, located
 from bitray.pipeline.groups import Scaling
 from bitray.pipeline.identity import differences, mathematical_settings
 from bitray.pipeline.interrupt import interruptible
 from bitray.pipeline.material import prepared_root
 from bitray.pipeline.plan import needed, plan
-from bitray.pipeline.run import located, prepare_only, run
+from bitray.pipeline.run import prepare_only, run
 from bitray.pipeline.session import ray_session
 from bitray.settings import UserError
 from bitray.tuning.cost import Clock
@@ -87,7 +88,7 @@ def claim(space: SearchSpace, config: Config, folder: str) -> None:
 
 def analyze(folder: str) -> str:
     """Write the report of a sweep again; no trials."""
-    folder = storage.absolute(folder)
+    folder = lasting(folder)
     file, spoken = storage.join(folder, "searcher.json"), storage.join(folder, SPACE)
     for each in (file, spoken):
         if not storage.exists(each):

@@ -33,9 +33,8 @@ from bitray.data import embedded, train_tokenizer
 from bitray.models.convert import to_bitnet
 from bitray.models.loading import build_model, model_files, save_model
 from bitray.models.losses import LossModel
-from bitray.pipeline.folders import StageFolder
+from bitray.pipeline.folders import StageFolder, located
 from bitray.pipeline.identity import claim
-from bitray.pipeline.run import located
 from bitray.training import state
 from bitray.training.state import Position
 

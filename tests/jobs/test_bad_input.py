@@ -108,7 +108,20 @@ def test_contradictions_are_told_all_at_once(command: Command) -> None:
 def test_more_workers_and_readers_than_cpus(command: Command) -> None:
     words = ["scaling.num_workers=900", "scaling.cpus_per_worker=2", "scaling.readers=8"]
     told = command("pretrain", "--dry-run", *words).sentence()
-    assert "needs 1802 CPUs (900 workers x 2 + 8 readers x 0.25), the cluster has " in told
+    assert "needs 1802 CPUs (900 workers x 2 + 8 readers x 0.25), this machine has " in told
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("address", "said"), [("127.0.0.1:1", "nobody answers"), ("http://127.0.0.1:1", "submitted")]
+)
+def test_an_address_without_a_cluster_is_told_at_once(
+    command: Command, flags: list[str], address: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray itself would try to connect for five minutes."""
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    told = command("pretrain", *flags).sentence()
+    assert f"RAY_ADDRESS={address}: " in told and said in told and "HOST:PORT" in told
 
 
 @pytest.mark.parametrize("flags", [[], ["--dry-run"]])

@@ -1,12 +1,18 @@
 """What every job says of itself, how words become a configuration, and what a dry run does."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 import yaml
 from command_line import JOBS, Command, tree
 
 from bitray import Config
+from bitray.pipeline.folders import lasting
 from bitray.settings import UserError
 
 ALL = sorted(path.stem for path in JOBS.glob("*.py"))
@@ -79,6 +85,55 @@ def test_a_dry_run_shows_where_a_run_stands(command: Command, run_dir: str) -> N
     standing = planned(done.out, -1)
     assert standing["stage1_9"] == "step_000002" and standing["stage2"] == "complete"
     assert tree(run_dir) == before
+
+
+def test_a_job_in_a_copy_of_its_folder_keeps_its_run_at_home(
+    command: Command, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray runs what was submitted with a working directory in a folder of this name, another one
+    after every edit."""
+    copy = here / "session/runtime_resources/working_dir_files/_ray_pkg_0123456789abcdef"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    monkeypatch.setenv("HOME", str(here / "home"))
+    done = command("pretrain", "--dry-run")
+    assert f"run       {here}/home/runs/bitray_demo" in done.out
+    assert done.out.count(f"note: runs is {here}/home/runs, for this job's own folder") == 1
+    for place in ("s3://bucket/runs", str(here / "elsewhere")):
+        assert lasting(place) == place
+    monkeypatch.chdir(here)
+    assert lasting("runs") == str(here / "runs")
+
+
+@pytest.mark.parametrize("words", [["gpu=a100_80gb"], ["cost.gpu=a100_80gb"]])
+def test_a_plan_for_gpus_that_are_elsewhere_tells_what_they_would_cost(
+    command: Command, words: list[str]
+) -> None:
+    """Sixteen of them are not on this machine, which is no reason not to count."""
+    done = command("pretrain", "--dry-run", "scaling=fsdp_large", *words)
+    assert done.code == 0, done.err
+    assert "runpod $" in done.out and "GB of checkpoints" in done.out
+    assert "only a plan: scaling: stage stage0 needs 136 CPUs" in done.out
+    for more in ([], [*words, "probe=true"]):  # nobody was named, or there has to be one to measure
+        told = command("pretrain", "--dry-run", "scaling=fsdp_large", *more).sentence()
+        assert "needs 136 CPUs" in told
+
+
+@pytest.mark.ray
+def test_a_submitted_dry_run_asks_the_cluster_that_it_is_on(
+    tmp_path: Path, ray_cluster: None
+) -> None:
+    """In a process of its own, with the address that Ray gives to jobs: 2 CPUs, whatever this
+    machine has."""
+    context: Any = ray.get_runtime_context()
+    words = ["--dry-run", "gpu=a100_80gb", "scaling.num_workers=99"]
+    done = subprocess.run(
+        [sys.executable, JOBS / "pretrain.py", *words],
+        cwd=tmp_path, env=os.environ | {"RAY_ADDRESS": context.gcs_address},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout
+    assert "the cluster has 2;" in done.stderr
 
 
 # ---------------------------------------------------------------------------------- words and files

@@ -53,7 +53,9 @@ def test_a_run_that_never_began_may_become_another(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variable", "value"), [("PATH", "/nowhere"), ("GIT_DIR", "/nowhere")], ids=["git", "repository"]
+    ("variable", "value"),
+    [("PATH", "/nowhere"), ("GIT_DIR", "/nowhere")],
+    ids=["git", "repository"],
 )
 def test_a_machine_without_git_or_its_repository_runs_and_claims_nothing_of_the_sources(
     variable: str,
