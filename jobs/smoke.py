@@ -1,4 +1,4 @@
-"""A run of 20 steps through everything: two checkpoints, influence, trackers, a loss that falls.
+"""A run of 20 steps through everything: three checkpoints, influence, trackers, a loss that falls.
 
 The exit code is 0 if all of it is as it should be; else one sentence says what is not.
 

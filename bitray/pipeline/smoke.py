@@ -1,6 +1,5 @@
 """A run of 20 steps through everything, and what has to be true of it afterwards."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,8 +8,9 @@ from bitray import checkpoint, storage
 from bitray.pipeline.config import Config
 from bitray.pipeline.evaluations import CONVERTED
 from bitray.pipeline.finish import Result
-from bitray.pipeline.folders import StageFolder
-from bitray.pipeline.run import located, run
+from bitray.pipeline.folders import StageFolder, located
+from bitray.pipeline.report import read_metrics
+from bitray.pipeline.run import run
 from bitray.settings import UserError, nearest
 from bitray.training.loop import mean_loss
 
@@ -74,15 +74,14 @@ def smoke(path: str | None, words: Sequence[str]) -> str:
 def flaw(config: Config, stage: str, result: Result) -> str | None:
     """What is wrong with a run, or None."""
     folder = StageFolder(config.run_dir, stage)
-    for directory in (folder.step(EVERY), folder.final):
+    for directory in (folder.step(EVERY), folder.step(STEPS), folder.final):
         if not checkpoint.is_complete(directory):
             return f"there is no whole checkpoint at {directory}"
         if why := checkpoint.verify(directory):
             return f"{directory}: {why}"
     if (step := folder.result()["position"]["step"]) != STEPS:
         return f"{folder.final} is of step {step}, not {STEPS}"
-    uri = storage.join(config.run_dir, "metrics.jsonl")
-    lines = [json.loads(line) for line in storage.read_text(uri).splitlines()]
+    lines = read_metrics(config.run_dir)
     told = [line for line in lines if line["stage"] == stage and "train/loss" in line]
     return _flaw_of_metrics(config, stage, told) or _flaw_of_losses(stage, told, result.losses)
 

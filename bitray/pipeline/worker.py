@@ -370,11 +370,12 @@ class Stage:
             self.say(f"{self.name:<9} ends at step {loop.position.step}: {loop.position.ended}")
 
     def on_save(self, loop: Loop) -> None:
-        """A checkpoint of this step; old ones go."""
-        if not loop.at_end and (loop.stopped or self.checkpoints.possible(loop)):
+        """A checkpoint of this step, also of the last: the evaluation after it may fail. Old ones
+        go."""
+        if loop.stopped or self.checkpoints.possible(loop):
             self.save(loop, self.folder.step(loop.position.step))
             scaling = self.config.scaling_of(self.name)
-            if world()[1] < scaling.most and not loop.stopped:
+            if world()[1] < scaling.most and not (loop.stopped or loop.at_end):
                 # a checkpoint is where nothing is lost by it
                 loop.stopped = from_rank_zero(partial(self.grows, scaling))
 
