@@ -26,7 +26,7 @@ def commands() -> list[str]:
     """Every command of a code block, continued lines joined."""
     blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.strip() for line in lines if re.match("make|python|ray|RAY", line)]
+    return [line.strip() for line in lines if re.match("make|python|ray|export", line)]
 
 
 def test_the_readme_has_commands() -> None:

@@ -78,7 +78,8 @@ class Scaling(Settings):
     worker_labels: dict[str, str] = {}
     """Labels of the nodes that workers may be on, as Ray's label selectors: `!gpu`, `in(a, b)`."""
     data_labels: dict[str, str] = {}
-    """The same for the tasks that prepare and read rows; those avoid nodes with GPUs anyway."""
+    """The same for the tasks that prepare and read rows, which Ray Data spreads over all nodes that
+    have CPUs, those of GPUs too: `{role: data}` keeps them off, where nodes are labelled so."""
     patience_seconds: float = Field(default=600, ge=0)
     """How long a run waits for nodes that an autoscaler brings, or that others use."""
     hang_seconds: float = Field(default=600, gt=0)
