@@ -179,7 +179,12 @@ class Stage:
             watch.close()
             self.checkpoints.close()
         self.own.close()
-        on_rank_zero(lambda: [sink.close() for sink in loop.sinks])
+
+        def close() -> None:
+            for sink in loop.sinks:
+                sink.close()
+
+        on_rank_zero(close)
         return not loop.stopped
 
     def train(self, loop: Loop) -> None:

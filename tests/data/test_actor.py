@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ray.exceptions import RayTaskError
 from flaky_s3 import FlakyS3
+from ray.exceptions import RayTaskError
 
 from bitray.data.actor import MixtureActor, mixture_actor
 from bitray.data.mixture import Fenced, Mixture, StageMixture

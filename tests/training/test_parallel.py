@@ -376,6 +376,8 @@ def test_a_layer_whose_attention_is_ever_distilled_is_not_compiled() -> None:
     run, _ = loop(BLENDED, given)
     compiled = ["forward" in vars(layer) for layer in decoder_layers(run.model.model)]
     assert compiled == [True, False]
+
+
 def full(folder: Path) -> dict[str, tuple[int, int | None]]:
     """What each of the places where rank 0 alone writes raises, and at which step."""
 
