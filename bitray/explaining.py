@@ -3,11 +3,11 @@
 import difflib
 import re
 import types
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 Tree = dict[str, Any]
 Path_ = tuple[str, ...]
@@ -27,6 +27,14 @@ class Layer:
     values: Tree
     groups: dict[str, str] | None = None
     lines: dict[Path_, int] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+    """What was wrong with it when it was read; that is no part of the rest."""
+
+    def without(self, nodes: Collection[str]) -> "Layer":
+        """What is left where nodes of the root are said anew."""
+        values = {name: value for name, value in self.values.items() if name not in nodes}
+        lines = {path: line for path, line in self.lines.items() if path[0] not in nodes}
+        return replace(self, values=values, lines=lines)
 
     def says(self, path: str) -> bool:
         """Whether it gives this setting."""
@@ -47,13 +55,14 @@ def listed(problems: Sequence[str]) -> str:
 
 def explain(
     cls: type[BaseModel],
-    error: ValidationError,
+    errors: Iterable[Mapping[str, Any]],
     layers: Sequence[Layer],
     cause: Callable[[tuple[Any, ...]], tuple[Any, ...]],
 ) -> list[str]:
-    """A sentence for every mistake; `cause` says of two whether they are one, made elsewhere."""
+    """A sentence for every mistake of pydantic's; `cause` says of two whether they are one, made
+    elsewhere."""
     told: dict[Any, str] = {}
-    for each in error.errors():
+    for each in errors:
         key = (cause(each["loc"]), each["type"])
         told.setdefault(key, _sentence(cls, dict(each), layers))
     return list(dict.fromkeys(told.values()))
@@ -70,19 +79,26 @@ def _sentence(cls: type[BaseModel], error: Tree, layers: Sequence[Layer]) -> str
         case "missing":
             text = "has to be given"
         case "literal_error":
-            wanted = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+            wanted = _alternatives(error["ctx"]["expected"])
             text = f"{said!r} is not one of {', '.join(wanted)}{nearest(str(said), wanted)}"
         case "union_tag_invalid":
-            wanted = re.findall(r"'([^']*)'", error["ctx"]["expected_tags"])
+            wanted = _alternatives(error["ctx"]["expected_tags"])
             tag = error["ctx"]["tag"]
             path = (*path, "type")
             text = f"'{tag}' is not one of {', '.join(wanted)}{nearest(tag, wanted)}"
+        case "model_type" | "dict_type":
+            text = f"takes settings by name, not {said!r}"
         case "value_error":
             text = str(error["ctx"]["error"])
         case _:
             text = f"{error['msg'][0].lower()}{error['msg'][1:]}, not {said!r}"
     where = _where(path, layers)
     return f"{'.'.join(path)}{where}: {text}" if path else f"{text}"
+
+
+def _alternatives(said: str) -> list[str]:
+    """The values in pydantic's `'a', 'b' or 8`."""
+    return [word.strip("'") for word in re.split(r", | or ", said)]
 
 
 def _where(path: Path_, layers: Sequence[Layer]) -> str:

@@ -6,7 +6,8 @@ is a function of its *layers* (chosen groups, then files, then overrides), so th
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -43,16 +44,29 @@ class Settings(BaseModel):
                 values = {**values, name: {"type": kind, **said}}
         return values
 
+    @classmethod
+    def default_types(cls) -> Tree:
+        """The `type` of every node below that has one by default."""
+        found: Tree = {}
+        for name, info in cls.model_fields.items():
+            kind, inner = getattr(info.default, "type", None), info.annotation
+            if kind is not None:
+                found[name] = {"type": kind}
+            elif isinstance(inner, type) and issubclass(inner, Settings):
+                found[name] = inner.default_types()
+        return found
+
 
 # ------------------------------------------------------------------------------------------ YAML
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: `1e-4` is a float, `no` a word, a key given twice an error."""
+    """YAML as people mean it: `1e-4` is a float, `no` and `2026-01-01` are words, a key given twice
+    is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, int] = {}
-        for key_node, _ in node.value:
+        for key_node in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             key, line = key_node.value, key_node.start_mark.line + 1
             if key in seen:
                 raise UserError(f"line {line}: '{key}' was already given on line {seen[key]}")
@@ -61,7 +75,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [pair for pair in pairs if not pair[0].endswith((":bool", ":float"))]
+    first: [pair for pair in pairs if not pair[0].endswith((":bool", ":float", ":timestamp"))]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
@@ -91,7 +105,7 @@ def parse_yaml(text: str, origin: str) -> tuple[Tree, dict[Path_, int]]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{origin}, line {mark.line + 1}" if mark else origin
-        problem = getattr(error, "problem", None) or str(error)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         hint = "; YAML wants spaces, not tabs" if "'\\t'" in problem else ""
         raise UserError(f"{where}: {problem}{hint}") from None
     except UserError as error:
@@ -113,17 +127,16 @@ def _lines(node: Any, path: Path_ = ()) -> Iterator[tuple[Path_, int]]:
 # ---------------------------------------------------------------------------------------- layers
 
 
-def merge(base: Tree, over: Mapping[str, Any]) -> Tree:
-    """`over` on top of `base`; a node whose `type` changes starts afresh."""
-    fresh = "type" in over and over["type"] != base.get("type")
-    merged = {} if fresh else dict(base)
-    for key, value in over.items():
-        below = merged.get(key)
-        if isinstance(value, Mapping):
-            merged[key] = merge(below if isinstance(below, dict) else {}, value)
-        else:
-            merged[key] = value
-    return merged
+def merge(base: Any, over: Any, types: Any = None) -> Any:
+    """`over` on top of `base`; a node whose `type` changes starts afresh. `types`: of nodes that do
+    not name theirs."""
+    if not isinstance(over, Mapping):
+        return over
+    base, types = (known if isinstance(known, Mapping) else {} for known in (base, types))
+    if "type" in over and over["type"] != base.get("type", types.get("type")):
+        base = {}
+    said = {key: merge(base.get(key), value, types.get(key)) for key, value in over.items()}
+    return {**base, **said}
 
 
 def _nest(flat: Mapping[str, Any]) -> Tree:
@@ -137,6 +150,10 @@ def _nest(flat: Mapping[str, Any]) -> Tree:
             node = {part: node}
         tree = merge(tree, node)
     return tree
+
+
+_FOLLOW = ("missing", "value_error", "too_short", "union_tag_not_found")
+"""Mistakes that a group which is not there may be the reason of."""
 
 
 class Composed(Settings):
@@ -153,6 +170,8 @@ class Composed(Settings):
     """Group -> the slot it fills, where that is not its own name."""
     aliases: ClassVar[dict[str, str]] = {}
     """Another name of a group or setting -> its name."""
+    nodes: ClassVar[dict[str, str]] = {}
+    """Slot -> the setting that its groups are about, where that has not its name."""
 
     _layers: tuple[Layer, ...] = PrivateAttr(default=())
 
@@ -165,12 +184,19 @@ class Composed(Settings):
     @classmethod
     def spoken(cls, overrides: Sequence[str]) -> Layer:
         """What `key=value` words of the command line say."""
-        return cls._spoken("the command line", dict(_split(word) for word in overrides))
+        values, problems = dict[str, Any](), []
+        for word in overrides:
+            try:
+                key, values[key] = _split(word)
+            except UserError as error:
+                problems.append(str(error))
+        layer = cls._spoken("the command line", values)
+        return replace(layer, problems=(*problems, *layer.problems))
 
     @classmethod
     def load_text(cls: type[Root], text: str, origin: str) -> Root:
         """The configuration of YAML text, such as the `config.yaml` of a run."""
-        return cls.compose([cls._layer(text, origin)])
+        return cls.compose([cls.layer(origin, *parse_yaml(text, origin))])
 
     def override(self: Root, values: Mapping[str, Any]) -> Root:
         """This configuration with `{dotted.path: value}` said on top of it."""
@@ -179,32 +205,55 @@ class Composed(Settings):
     @classmethod
     def compose(cls: type[Root], layers: Sequence[Layer]) -> Root:
         """Lay the groups down, then the layers; validate; explain all problems at once."""
+        preset, lacking = cls._presets(layers)
+        heard = cls._heard(layers)
+        tree, strange = cls.arrange(preset, heard)
+        unread = [problem for layer in layers for problem in layer.problems]
+        problems = [*unread, *lacking.values(), *strange]
+        known = not unread and not lacking  # else settings may be at odds with what is not there
+        try:
+            config = cls._of(tree, layers)
+            problems += config.problems() if known else []
+        except ValidationError as error:
+            own = (each for each in error.errors() if not _follows(each, lacking))
+            problems += explain(cls, own, heard, cls.cause)
+            problems += cls._besides(tree, preset, layers, error) if known else []
+        if problems:
+            raise UserError(listed(problems))
+        return config
+
+    @classmethod
+    def _presets(cls, layers: Sequence[Layer]) -> tuple[Tree, dict[str, str]]:
+        """What the chosen groups say; and by setting, why a group about it says nothing."""
         chosen = dict(cls.default_groups)
         for layer in layers:
             if layer.groups is not None and layer.lines:
                 chosen = {}  # a file that speaks of groups means exactly these
             for group, name in (layer.groups or {}).items():
                 chosen[cls.slots.get(group, group)] = f"{group}/{name}"
-        preset: Tree = {}
-        for document in chosen.values():
-            preset = merge(preset, cls.document(document))
-        tree = cls.arrange(preset, [layer.values for layer in layers])
-        try:
-            config = cls._of(tree, layers)
-        except ValidationError as error:
-            told = explain(cls, error, layers, cls.cause)
-            besides = cls._besides(tree, preset, layers, error)
-            raise UserError(listed([*told, *besides])) from None
-        problems = config.problems()
-        if problems:
-            raise UserError(listed(problems))
-        return config
-
     @classmethod
     def _of(cls: type[Root], tree: Tree, layers: Sequence[Layer]) -> Root:
         config = cls.model_validate(tree)
         config._layers = tuple(layers)
         return config
+
+        preset, lacking = Tree(), dict[str, str]()
+        for slot, document in chosen.items():
+            try:
+                preset = merge(preset, cls.document(document), cls.default_types())
+            except UserError as error:
+                lacking[cls.nodes.get(slot, slot)] = str(error)
+        return preset, lacking
+
+    @classmethod
+    def _heard(cls, layers: Sequence[Layer]) -> list[Layer]:
+        """The layers; a group that a later one chooses takes the place of what was said before."""
+        heard, replaced = list[Layer](), set[str]()
+        for layer in reversed(layers):
+            heard.insert(0, layer.without(replaced))
+            slots = (cls.slots.get(group, group) for group in layer.groups or {})
+            replaced |= {cls.nodes.get(slot, slot) for slot in slots}
+        return heard
 
     @classmethod
     def _besides(
@@ -219,11 +268,12 @@ class Composed(Settings):
             return []
 
     @classmethod
-    def arrange(cls, preset: Tree, said: Sequence[Tree]) -> Tree:
-        """How presets and what users said become one document; later voices win."""
-        for tree in said:
-            preset = merge(preset, tree)
-        return preset
+    def arrange(cls, preset: Tree, layers: Sequence[Layer]) -> tuple[Tree, list[str]]:
+        """How presets and what users said become one document, and what has no place in it; later
+        voices win."""
+        for layer in layers:
+            preset = merge(preset, layer.values, cls.default_types())
+        return preset, []
 
     @classmethod
     def cause(cls, loc: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -236,13 +286,17 @@ class Composed(Settings):
 
     def last_said(self, *paths: str) -> int:
         """The number of the last voice that gave any of these settings; -1: only presets did."""
-        said = [k for k, layer in enumerate(self._layers) if any(map(layer.says, paths))]
+        heard = self._heard(self._layers)
+        said = [k for k, layer in enumerate(heard) if any(map(layer.says, paths))]
         return max(said, default=-1)
 
+    def spelled(self) -> Tree:
+        """A document that loads to this very configuration, whatever the presets become."""
+        return {"groups": {}, **self.model_dump(mode="json")}
+
     def dump(self) -> str:
-        """YAML that loads to this very configuration, whatever the presets become."""
-        values = {"groups": {}, **self.model_dump(mode="json")}
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        """`spelled` as YAML."""
+        return yaml.safe_dump(self.spelled(), sort_keys=False, allow_unicode=True)
 
     # ------------------------------------------------------------------------------- groups
 
@@ -259,11 +313,16 @@ class Composed(Settings):
     def document(cls, name: str) -> Tree:
         """The partial document `group/name`, with what it includes below it."""
         group, _, choice = name.partition("/")
-        choices = cls.groups().get(group, {})
-        if choice not in choices:
-            known = ", ".join(choices) or "none"
+        groups = cls.groups()
+        if group not in groups:
             raise UserError(
-                f"{group}={choice}: no such choice{nearest(choice, choices)}; there are: {known}"
+                f"groups.{group}: there is no such group{nearest(group, groups)}; there are: "
+                + (", ".join(groups) or "none")
+            )
+        if choice not in groups[group]:
+            raise UserError(
+                f"{group}={choice}: no such choice{nearest(choice, groups[group])}; there are: "
+                + ", ".join(groups[group])
             )
         path = cls.configs / group / f"{choice}.yaml"
         tree, _ = parse_yaml(path.read_text(), str(path.name))
@@ -277,15 +336,24 @@ class Composed(Settings):
         if not Path(path).is_file():
             siblings = [p.name for p in Path(path).parent.glob("*.y*ml")]
             raise UserError(f"--config {path}: no such file{nearest(Path(path).name, siblings)}")
-        return cls._layer(Path(path).read_text(), path)
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"--config {path}: not UTF-8 text: {error.reason}") from None
+        return cls.layer(path, *parse_yaml(text, path))
 
     @classmethod
-    def _layer(cls, text: str, origin: str) -> Layer:
-        tree, lines = parse_yaml(text, origin)
-        groups = tree.pop("groups", None)
-        if groups is not None:
-            groups = {cls.aliases.get(group, group): name for group, name in groups.items()}
-        return Layer(origin, tree, groups, lines)
+    def layer(cls, origin: str, tree: Tree, lines: dict[Path_, int]) -> Layer:
+        """What a document says, its `groups` apart."""
+        values = {name: value for name, value in tree.items() if name != "groups"}
+        groups = tree.get("groups")
+        if groups is None:
+            return Layer(origin, values, None, lines)
+        if not isinstance(groups, dict):
+            problem = f"groups ({origin}): takes choices by name, {{model: demo}}, not {groups!r}"
+            return Layer(origin, values, None, lines, (problem,))
+        named = {cls.aliases.get(group, group): name for group, name in groups.items()}
+        return Layer(origin, values, named, lines)
 
     @classmethod
     def _named(cls, path: str) -> str:
@@ -296,20 +364,25 @@ class Composed(Settings):
     def _spoken(cls, origin: str, values: Mapping[str, Any]) -> Layer:
         groups = cls.groups()
         values = {cls._named(key): value for key, value in values.items()}
-        for group in (key for key, value in values.items() if key in groups and value is None):
-            raise UserError(f"{group}: nothing is chosen; there are: {', '.join(groups[group])}")
+        unchosen = [key for key, value in values.items() if key in groups and value is None]
+        problems = [f"{key}: nothing is chosen; there are: {', '.join(groups[key])}"
+                    for key in unchosen]  # fmt: skip
         chosen = {key: str(v) for key, v in values.items() if key in groups and _is_name(v)}
-        rest = {key: value for key, value in values.items() if key not in chosen}
-        roots = {key.split(".")[0] for key in rest}
+        rest = {key: v for key, v in values.items() if key not in {*chosen, *unchosen}}
         known = {*cls.model_fields, *groups}
-        strangers = [
+        strangers = sorted({key.split(".")[0] for key in rest} - set(cls.model_fields))
+        problems += [
             f"{root}: there is no such setting or group{nearest(root, known)}; "
             f"there are: {', '.join(sorted(known))}"
-            for root in sorted(roots - set(cls.model_fields))
+            for root in strangers
         ]
-        if strangers:
-            raise UserError(listed(strangers))
-        return Layer(origin, _nest(rest), chosen or None)
+        layer = Layer(origin, _nest(rest), chosen or None, problems=tuple(problems))
+        return layer.without(strangers)
+
+
+def _follows(error: Mapping[str, Any], lacking: Collection[str]) -> bool:
+    """Whether a mistake may only be there because a group is not."""
+    return bool(error["loc"]) and error["loc"][0] in lacking and error["type"] in _FOLLOW
 
 
 def _restored(tree: Tree, preset: Tree, loc: Sequence[Any]) -> Tree:
@@ -335,4 +408,7 @@ def _split(word: str) -> tuple[str, Any]:
     key, equals, value = word.partition("=")
     if not equals or not key or key.startswith("-"):
         raise UserError(f"'{word}': expected key=value or group=name (see --help)")
-    return key, parse_value(value)
+    try:
+        return key, parse_value(value)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None

@@ -26,6 +26,7 @@ class Part(Settings):
     steps: int = 10
     mode: Literal["linear", "cosine"] = "linear"
     on: bool = False
+    size: Literal[2, 3] = 2
 
 
 class Root(Composed):
@@ -62,6 +63,26 @@ def test_a_changed_type_resets_its_node_and_siblings_apply_after_it(root: type[R
     assert tuned.part.engine == Slow(patience=1.0)
 
 
+def test_the_type_that_a_node_has_resets_nothing(root: type[Root]) -> None:
+    """Also where it is the default's, which nobody has named."""
+    config = root.load(overrides=["part.engine.lr=0.5"]).override({"part.engine.type": "fast"})
+    assert config.part.engine == Fast(lr=0.5)
+    slow = root.load(overrides=["part.engine.type=slow"]).override({"part.engine.patience": 1})
+    assert slow.override({"part.engine.type": "slow"}).part.engine == Slow(patience=1.0)
+
+
+def test_a_group_takes_the_place_of_what_was_said_before_of_its_setting(
+    root: type[Root], tmp_path: Path
+) -> None:
+    """Not of what is said beside it, nor of other settings."""
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(root.load(overrides=["part=big", "part.mode=cosine", "title=kept"]).dump())
+    again = root.load(str(saved), ["part=small", "part.on=true"])
+    assert (again.part, again.title) == (Part(steps=3, on=True), "kept")
+    assert again.override({"part": "big"}).part == Part(steps=3, on=True)
+    assert root.load(str(saved)).part == Part(steps=3, on=True, mode="cosine")
+
+
 def test_override_leaves_the_original_alone_and_is_frozen(root: type[Root]) -> None:
     config = root.load()
     assert config.override({"part.steps": 5}).part.steps == 5
@@ -89,6 +110,11 @@ def test_a_dump_loads_to_the_same_configuration(root: type[Root], tmp_path: Path
         (["part.steps=many"], r"part\.steps: .*integer.*'many'"),
         (["named.x.stepz=1"], r"named\.x\.stepz: .*nearest: 'steps'"),
         (["part.steps"], r"'part\.steps': expected key=value"),
+        (["part.engine=5"], r"part\.engine: "),
+        (["named=5"], r"named: takes settings by name, not 5"),
+        (["named.x=5"], r"named\.x: takes settings by name, not 5"),
+        (["part.size=4"], r"part\.size: 4 is not one of 2, 3$"),
+        (["title={a: 1, a: 2}"], r"title: line 1: 'a' was already given on line 1"),
     ],
 )
 def test_every_mistake_has_its_sentence(root: type[Root], words: list[str], sentence: str) -> None:
@@ -101,6 +127,23 @@ def test_all_problems_are_told_at_once(root: type[Root]) -> None:
         root.load(overrides=["part.stepz=1", "part.mode=cosin", "named.x.steps=no"])
     assert str(caught.value).startswith("3 problems")
     assert all(word in str(caught.value) for word in ("stepz", "cosin", "named.x.steps"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["parts=big", "title=[1]"],
+        ["part=bigg", "title=[1]", "part.stepz=3"],
+        ["steps", "part=", "parts.steps=1", "title=[1]"],
+    ],
+)
+def test_words_that_cannot_be_read_do_not_hide_the_others(
+    root: type[Root], words: list[str]
+) -> None:
+    """One sentence for each, and none for what only follows from them."""
+    with pytest.raises(UserError) as caught:
+        root.load(overrides=words)
+    assert str(caught.value).startswith(f"{len(words)} problems:\n"), caught.value
 
 
 def test_files_are_told_with_their_line(root: type[Root], tmp_path: Path) -> None:
@@ -119,10 +162,33 @@ def test_files_are_told_with_their_line(root: type[Root], tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (b"title: \xe9\n", r"--config .*mine\.yaml: not UTF-8 text"),
+        (b"groups: 5\n", r"groups \(.*mine\.yaml\): takes choices by name, .* not 5"),
+        (b"groups: {parts: big}\n", r"groups\.parts: there is no such group \(nearest: 'part'\)"),
+        (b"? [a, b]\n: 1\n", r"mine\.yaml, line 1: found unhashable key"),
+        (b"title: a\x00b\n", r"mine\.yaml: unacceptable character"),
+        (b"part: 5\n", r"part \(.*mine\.yaml, line 1\): takes settings by name, not 5"),
+        (b"5: 6\n", r"5.*: .* strings"),
+    ],
+)
+def test_a_file_that_is_no_configuration_has_its_sentence(
+    root: type[Root], tmp_path: Path, text: bytes, sentence: str
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(text)
+    with pytest.raises(UserError, match=sentence) as caught:
+        root.load(str(path))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
     ("text", "value"),
     [("1e-4", 1e-4), ("1.0e-3", 1e-3), ("3", 3), ("3.", 3.0), (".5", 0.5), ("no", "no"),
      ("true", True), ("null", None), ("[1, 2]", [1, 2]), ("1_000", 1000), ("a: [", "a: ["),
-     ("1.2.3", "1.2.3"), ("-2e5", -2e5), ("2026-01-01x", "2026-01-01x")],
+     ("1.2.3", "1.2.3"), ("-2e5", -2e5), ("2026-01-01x", "2026-01-01x"),
+     ("2026-13-45", "2026-13-45"), ("2026-01-01", "2026-01-01")],
 )  # fmt: skip
 def test_values_are_read_as_people_mean_them(text: str, value: object) -> None:
     assert parse_value(text) == value and type(parse_value(text)) is type(value)

@@ -1,6 +1,6 @@
 """The root of the configuration. It composes the rooms' settings and says how stages inherit."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from bitray.pipeline.groups import (
     Scaling,
     StageSettings,
 )
-from bitray.settings import Composed, Tree, UserError, merge, nearest
+from bitray.settings import Composed, Layer, Tree, UserError, merge, nearest
 from bitray.training.settings import TrainingSettings
 from bitray.training.teacher_settings import Actors, Server, Teachers
 
@@ -38,6 +38,7 @@ class Config(Composed):
     }
     slots: ClassVar[dict[str, str]] = {"training": "pipeline", "smoke": "pipeline"}
     aliases: ClassVar[dict[str, str]] = {"distributed": "scaling"}
+    nodes: ClassVar[dict[str, str]] = {"pipeline": "stages"}
 
     model: ModelSettings
     data: DataSettings
@@ -62,23 +63,23 @@ class Config(Composed):
     resume: ResumeRun = ResumeRun()
 
     @classmethod
-    def arrange(cls, preset: Tree, said: Sequence[Tree]) -> Tree:
+    def arrange(cls, preset: Tree, layers: Sequence[Layer]) -> tuple[Tree, list[str]]:
         """Stage preset < `gpu` and `distillation.*` < `training.*` < `stages.NAME.*`; a later voice
         wins over an earlier one."""
-        preset = _fitted(preset, said)
-        for tree in [{"distillation": preset.get("distillation", {})}, *said]:
-            stages = dict(preset.get("stages", {}))
-            own = tree.get("stages") or {}
-            _check_stage_names(own, stages)
-            for name in [*stages, *(n for n in own if n not in stages)]:
-                above = merge(tree.get("training") or {}, own.get(name) or {})
-                below = stages.get(name, {})
-                if _distils_attention(merge(below, above)):
-                    below = merge(below, _coefficients(tree.get("distillation", {})))
-                stages[name] = merge(below, above)
-            preset = {**merge(preset, {k: v for k, v in tree.items() if k != "stages"})}
-            preset["stages"] = stages
-        return preset
+        tree, stages, problems = preset, dict(preset.get("stages", {})), list[str]()
+        model, wrong = _model_name(preset, layers), None
+        for voice in _voices(preset, layers):
+            tree = merge(tree, voice, cls.default_types())
+            own = voice.get("stages") or {}
+            if not isinstance(own, dict):
+                own, wrong = {}, own
+            strange = _strange_stages(own, stages)
+            problems += strange.values()
+            batches = _micro_batches(tree.get("gpu"), model) if "gpu" in voice else {}
+            for name in [*stages, *(n for n in own if n not in {*stages, *strange})]:
+                below = _over(stages.get(name, {}), batches.get(name, {}))
+                stages[name] = _spoken_of(below, voice, own.get(name))
+        return {**tree, "stages": wrong or stages}, problems
 
     @classmethod
     def cause(cls, loc: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -100,6 +101,12 @@ class Config(Composed):
     def gpu_name(self) -> str | None:
         """The kind of GPU that was chosen."""
         return self.gpu.name if self.gpu else None
+
+    def spelled(self) -> Tree:
+        """Each stage says all of itself, `training` only what was said, so that it does for the
+        stages of another pipeline too."""
+        said = self.training.model_dump(mode="json", exclude_unset=True)
+        return {**super().spelled(), "training": said}
 
     def problems(self) -> list[str]:
         most = (self.model.config or {}).get("max_position_embeddings")
@@ -220,10 +227,11 @@ class Config(Composed):
             "that are sharded over all workers; take adamw, or sharding=full"
         ]
 
-    def too_long(self, stage: str, positions: int | None) -> list[str]:
-        """What is wrong if rows of a stage are longer than the model has positions."""
+    def too_long(self, stage: str, positions: Any) -> list[str]:
+        """What is wrong if rows of a stage are longer than the model has positions; what is no
+        number is told of by who makes the model."""
         length = self.stages[stage].max_seq_length
-        if positions is None or length <= positions:
+        if not isinstance(positions, int) or length <= positions:
             return []
         where = f"stages.{stage}.max_seq_length"
         return [f"{where}: {length} is more than the {positions} positions of {self.model.name}"]
@@ -238,18 +246,55 @@ class Config(Composed):
         return self.stages[stage].scaling or self.scaling
 
 
-def _fitted(preset: Tree, said: Sequence[Tree]) -> Tree:
-    """The presets with the micro-batches of the chosen kind of GPU for the model."""
-    models = [tree.get("model") for tree in (preset, *said)]
+def _model_name(preset: Tree, layers: Sequence[Layer]) -> str | None:
+    models = [tree.get("model") for tree in (preset, *(layer.values for layer in layers))]
     names = [model["name"] for model in models if isinstance(model, dict) and "name" in model]
-    known = (preset.get("gpu") or {}).get("batches", {}).get(names[-1] if names else None, {})
-    stages = preset.get("stages", {})
-    fitting = {name: batch for name, batch in known.items() if name in stages}
-    return merge(preset, {"stages": fitting}) if fitting else preset
+    return names[-1] if names and isinstance(names[-1], str) else None
 
 
-def _distils_attention(stage: Tree) -> bool:
-    objectives = stage.get("objectives")
+def _voices(preset: Tree, layers: Sequence[Layer]) -> Iterator[Tree]:
+    """What is said of stages, one after the other: by presets that are about all of them, then by
+    each layer, and with it by those presets that it chose."""
+    about = {name: preset[name] for name in ("gpu", "distillation") if name in preset}
+    yield about
+    for layer in layers:
+        chosen = {name: said for name, said in about.items() if name in (layer.groups or {})}
+        yield merge(chosen, layer.values)
+
+
+def _spoken_of(stage: Any, voice: Tree, own: Any) -> Any:
+    """A stage after a voice, which says `own` of this one."""
+    training = voice.get("training")  # what is no settings is told of as the root's
+
+    def said(below: Any) -> Any:
+        return _over(_over(below, training if isinstance(training, dict) else {}), own or {})
+
+    if _distils_attention(said(stage)):
+        stage = _over(stage, _coefficients(voice.get("distillation", {})))
+    return said(stage)
+
+
+def _over(below: Any, above: Any) -> Any:
+    """Settings of a stage on top of others. A length in tokens replaces one in steps."""
+    if not isinstance(below, dict):
+        return below  # which is wrong, and is told of
+    tokens = isinstance(above, dict) and above.get("total_tokens") and not above.get("max_steps")
+    below = {**below, "max_steps": None} if tokens else below
+    return merge(below, above, StageSettings.default_types())
+
+
+def _micro_batches(said: Any, model: str | None) -> Tree:
+    """By stage, the micro-batches of a kind of GPU for a model; what is wrong there is told of the
+    root's field."""
+    try:
+        batches = GPU.model_validate(said).batches.get(model or "", {})
+    except ValidationError:
+        return {}
+    return {stage: batch.model_dump() for stage, batch in batches.items()}
+
+
+def _distils_attention(stage: Any) -> bool:
+    objectives = stage.get("objectives") if isinstance(stage, dict) else None
     return isinstance(objectives, dict) and objectives.get("attention_distill") is not None
 
 
@@ -271,16 +316,16 @@ def _coefficients(said: Any) -> Tree:
     return {"objectives": objectives} if objectives else {}
 
 
-def _check_stage_names(own: Tree, known: Tree) -> None:
-    for name, values in own.items():
-        new = isinstance(values, dict) and {"max_steps", "total_tokens", "convert_only"} & set(
-            values
-        )
-        if known and name not in known and not new:
-            raise UserError(
-                f"stages.{name}: this pipeline has no such stage{nearest(name, known)}; "
-                f"it has: {', '.join(known)}"
-            )
+def _strange_stages(own: Tree, known: Tree) -> dict[str, str]:
+    """Stages that a pipeline does not have, and that are not new ones with a length of their own;
+    and what to say of them."""
+    length = {"max_steps", "total_tokens", "convert_only"}
+    return {
+        name: f"stages.{name}: this pipeline has no such stage{nearest(str(name), known)}; "
+        f"it has: {', '.join(known)}"
+        for name, values in own.items()
+        if known and name not in known and not (isinstance(values, dict) and length & set(values))
+    }
 
 
 def _phase_problems(name: str, stage: StageSettings, data: DataSettings) -> list[str]:

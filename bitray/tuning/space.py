@@ -6,6 +6,7 @@ Parameters are dotted paths into the run's configuration.
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +14,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from bitray.pipeline.config import Config
-from bitray.settings import Composed, Layer, Settings, Tree, UserError, listed, nearest
+from bitray.settings import Composed, Settings, Tree, UserError, listed, nearest
 from bitray.tuning.linear import Linear, at_most_zero, linear
 from bitray.tuning.parameter import (
     Parameter,
@@ -110,16 +111,15 @@ class SearchSpace(Composed):
 
     def config(self) -> Config:
         """The configuration that trials vary: `run`, budgets, then the command line."""
-        tree = dict(self.run)
-        groups = tree.pop("groups", None)
         lines = {
             path[1:]: line
             for layer in self._layers
             for path, line in layer.lines.items()
-            if path[0] == "run"
+            if path[0] == "run" and path[1:]
         }
         origin = self._layers[0].origin if self._layers else "the search space"
-        base = Config.compose([Layer(origin, tree, groups, lines)])
+        file, said = Config.layer(origin, self.run, lines), Config.spoken(self._words)
+        base = Config.compose([file, said])
         found = [
             f"budget.{name}: the run has no such stage{nearest(name, base.stages)}; "
             f"it has: {', '.join(base.stages)}"
@@ -128,22 +128,23 @@ class SearchSpace(Composed):
         ]
         if found:
             raise UserError(listed(found))
-        budgets = base.override(self._lengths())
-        return Config.compose([*budgets._layers, Config.spoken(self._words)])
+        # Budgets are of the stages that the words chose; what else these say is stronger.
+        layers = base.override(self._lengths())._layers
+        return Config.compose([*layers, replace(said, groups=None)])
 
     def _lengths(self) -> Tree:
-        lengths: Tree = {}
-        for stage, budget in self.budget.items():
-            lengths[f"stages.{stage}.max_steps"] = budget.steps
-            if budget.tokens:
-                lengths[f"stages.{stage}.total_tokens"] = budget.tokens
-        return lengths
+        return {
+            f"stages.{stage}.max_steps" if budget.steps else f"stages.{stage}.total_tokens": (
+                budget.steps or budget.tokens
+            )
+            for stage, budget in self.budget.items()
+        }
 
     def dump(self) -> str:
         """YAML of this very space: budgets and words are part of its run."""
-        run = {"groups": {}, **self.config().model_dump(mode="json")}
         told = self.model_dump(mode="json", exclude_unset=True, exclude={"run", "budget"})
-        return yaml.safe_dump({**told, "run": run}, sort_keys=False, allow_unicode=True)
+        told["run"] = self.config().spelled()
+        return yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
 
     # ------------------------------------------------------------------------------- points
 

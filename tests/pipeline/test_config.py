@@ -1,5 +1,6 @@
 """The root configuration: how stages inherit, and what is refused before anything runs."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,49 @@ def test_a_later_voice_wins_over_a_saved_configuration(tmp_path: Path) -> None:
     again = Config.load(str(saved))
     assert again.model_dump() == Config.load(overrides=["training.seed=5"]).model_dump()
     assert Config.load(str(saved), ["training.seed=6"]).stages["stage2"].seed == 6
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[..., str]:
+    """The file of a configuration, as a run keeps it."""
+
+    def save(*words: str) -> str:
+        (tmp_path / "config.yaml").write_text(Config.load(overrides=words).dump())
+        return str(tmp_path / "config.yaml")
+
+    return save
+
+
+def test_groups_after_a_saved_configuration_count(saved: Callable[..., str]) -> None:
+    """Which spells everything out; what was said for all stages is also of other ones."""
+    words = ["scaling=fsdp_multi", "model=smollm2_135m", "pipeline=standard"]
+    found = Config.load(saved("training.seed=5", "data.seed=3"), words)
+    fresh = Config.load(overrides=[*words, "training.seed=5"])
+    assert list(found.stages) == ["stage1", "stage1_9", "stage2"]
+    assert found.stages == fresh.stages
+    assert (found.scaling, found.model) == (fresh.scaling, fresh.model)
+    assert found.data.seed == 3
+
+
+def test_micro_batches_and_coefficients_after_a_saved_configuration_count(
+    saved: Callable[..., str],
+) -> None:
+    path = saved("pipeline=full", "model=qwen3_4b", "gpu=a100_80gb", "training.seed=5")
+    found = Config.load(path, ["gpu=rtx4090", "distillation=summarization"]).stages
+    assert (found["stage2"].batch_size, found["stage1_9"].batch_size) == (2, 1)
+    logits = found["stage3"].objectives.logits_distill
+    assert logits is not None and logits.weight == 1.0
+    assert found["stage2"].seed == 5
+    beside = Config.load(path, ["gpu=rtx4090", "stages.stage2.batch_size=7"]).stages["stage2"]
+    assert (beside.batch_size, beside.gradient_accumulation_steps) == (7, 32)
+
+
+def test_a_teacher_of_the_type_that_it_has_keeps_its_path(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("model: {teacher: {path: a/b}}")
+    here, there = str(tmp_path / "mine.yaml"), ["model.teacher.type=offload"]
+    same = Config.load(here, ["model.teacher.type=in_process"]).model.teacher
+    assert getattr(same, "path", None) == "a/b"
+    assert getattr(Config.load(here, there).model.teacher, "path", "") is None
 
 
 def test_a_worker_may_take_a_share_of_a_gpu() -> None:
@@ -156,6 +200,24 @@ def test_tokens_become_steps() -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        (["training.total_tokens=20480"], 10),
+        (["training.total_tokens=20480", "stages.stage2.max_steps=7"], 7),
+        (["training.max_steps=7", "stages.stage2.total_tokens=20480"], 10),
+        (["training.max_steps=7", "training.total_tokens=20480"], 7),
+    ],
+)
+def test_tokens_go_before_the_steps_of_a_preset(words: list[str], steps: int) -> None:
+    """A step of the demo has 8 rows of 256 tokens; of one voice that gives both, steps count."""
+    config = Config.load(overrides=[*words, "training.lambda_warmup.warmup_steps=3"])
+    assert config.stages["stage2"].total_steps == steps
+    again = Config.load_text(config.dump(), "config.yaml")
+    assert again.stages["stage2"].total_steps == steps
+    assert again.override({"training.max_steps": 5}).stages["stage2"].total_steps == 5
+
+
+@pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (["stages.stage3.optimizer.lr=1"], r"stages\.stage3: .*such stage \(nearest: 'stage2'\)"),
@@ -189,6 +251,11 @@ def test_tokens_become_steps() -> None:
         (["stages.stage2.lambda_warmup.min=0.9", "stages.stage2.lambda_warmup.max=0.5"],
          r"stages\.stage2\.lambda_warmup: min \(0\.9\) is above max"),
         (["data=local"], r"data\.sources"),
+        (["stages=5"], r"^stages: takes settings by name, not 5"),
+        (["stages.stage2=5"], r"^stages\.stage2: takes settings by name, not 5"),
+        (["training.optimizer=5"], r"^training\.optimizer: "),
+        (["model.quantization.activation_bits=4"],
+         r"^model\.quantization\.activation_bits: 4 is not one of 8$"),
         (["distillation=classification"], r"lambda_logits: no stage distils attention"),
         (["training=stage3_distill", "distillation.temperature=0"], r"distillation\.temperature"),
         (["training=stage3_distill", "training.objectives.continue_pretrain.weight=0"],
@@ -266,3 +333,37 @@ def test_a_weight_is_heard_where_a_phase_leaves_it_or_its_voice_gives_the_phases
     assert without.override({"training.objectives.dlm.weight": 0.7})
     with pytest.raises(UserError, match=r"2 problems:\n.*max_steps.*\n.*changes nothing"):
         Config.load(overrides=[*base, weight, "training.max_steps=soon"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["modle=demo", "training.seed=x"],
+        ["model=demoo", "data=embeded"],
+        ["model=demoo", "model.quantization.sublnn=all", "data=embeded", "pipeline=demmo"],
+        ["stages.stage20.seed=3", "training.seed=x"],
+        ["stages.stage2=5", "training.seed=x", "scaling.readers=0"],
+        ["gpu=a100_80", "pretrain", "trainin.seed=1", "export.gguf=[i3_s]"],
+    ],
+)
+def test_every_word_that_is_wrong_is_told_at_once(words: list[str]) -> None:
+    """And nothing else that only follows."""
+    with pytest.raises(UserError) as caught:
+        Config.load(overrides=words)
+    assert str(caught.value).startswith(f"{len(words)} problems:\n"), caught.value
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("stages: 5", r"stages \(mine.yaml, line 1\): takes settings by name, not 5"),
+        ("stages: {stage2: 5}", r"stages\.stage2 \(mine.yaml, line 1\): takes settings by name"),
+        ("training: 5", r"training \(mine.yaml, line 1\): takes settings by name, not 5"),
+        ("distillation: 5", r"distillation \(mine.yaml, line 1\): takes settings by name, not 5"),
+        ("gpu: 5", r"gpu \(mine.yaml, line 1\): takes settings by name, not 5"),
+    ],
+)
+def test_a_file_without_settings_where_they_belong(text: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence) as caught:
+        Config.load_text(text, "mine.yaml")
+    assert len(str(caught.value).splitlines()) == 1

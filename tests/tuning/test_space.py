@@ -70,10 +70,18 @@ def test_budgets_and_words_reach_the_run(tmp_path: Path) -> None:
     assert (space.num_trials, stage.max_steps, stage.batch_size) == (15, 50, 2)
 
 
+def test_budgets_are_of_the_stages_that_words_choose(tmp_path: Path) -> None:
+    """Other stages take the place of the file's, and are as long as its budgets say."""
+    words = ["pipeline=demo", "stages.stage1_9.lambda_warmup.warmup_steps=5"]
+    config = SearchSpace.load(written(tmp_path), words).config()
+    assert list(config.stages) == ["stage0", "stage1", "stage1_9", "stage2"]
+    assert config.stages["stage2"].total_steps == 50
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.floats(-3, math.log10(8e-3)), st.floats(-3, math.log10(8e-3)), st.booleans())
 def test_points_and_settings_are_one_another_s_inverse(a: float, b: float, saliency: bool) -> None:
-    space = SearchSpace.compose([SearchSpace._layer(yaml.safe_dump(GOOD), "here")])
+    space = SearchSpace.load_text(yaml.safe_dump(GOOD), "here")
     point = {
         "stages__stage1_9__optimizer__lr": a,
         "stages__stage2__optimizer__lr": b,
