@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -42,6 +43,8 @@ MODEL_FILES = "model"
 _ATTENTION = "sdpa"
 _OLDER_FIELDS = ("rope_theta", "rope_scaling")
 """What transformers still takes in place of `rope_parameters`."""
+_NO_MODEL = (StrictDataclassError, ArithmeticError, LookupError, TypeError)
+"""What transformers raises over fields that no model can be made of."""
 
 
 # ------------------------------------------------------------------------------------------ making
@@ -65,7 +68,10 @@ def build_model(config: dict[str, Any]) -> PreTrainedModel:
         raise UserError(
             f"model config: '{strangers[0]}' is no field of {kind}{nearest(strangers[0], known)}"
         )
-    return _from_config(AutoConfig.for_model(kind, **fields))
+    try:
+        return _from_config(AutoConfig.for_model(kind, **fields))
+    except _NO_MODEL as error:
+        raise UserError(f"model config: no {kind} can be made of it: {_reason(error)}") from None
 
 
 def _from_config(config: PretrainedConfig) -> PreTrainedModel:
@@ -95,11 +101,18 @@ def skeleton(files_dir: str | Path) -> PreTrainedModel:
 def _config(folder: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        why = f"no usable config.json: {_first_line(error)}"
+    except (OSError, ValueError, StrictDataclassError) as error:
+        why = f"no usable config.json: {_reason(error)}"
         raise UserError(
             f"{folder}: {why if Path(folder).is_dir() else _why_not(folder, error)}"
         ) from None
+
+
+def _reason(error: Exception) -> str:
+    """Of a strict dataclass the reason that it wraps, which is in its second line."""
+    if isinstance(error, StrictDataclassError):
+        return str(error).splitlines()[-1].partition("Error: ")[2]
+    return _first_line(error)
 
 
 def _first_line(error: Exception) -> str:
@@ -200,7 +213,10 @@ def _sibling(path: str) -> str:
 
 
 def _is_ours(folder: str) -> bool:
-    return "bitray" in json.loads((Path(folder) / "config.json").read_text())
+    try:
+        return "bitray" in json.loads((Path(folder) / "config.json").read_text())
+    except ValueError as error:
+        raise UserError(f"{folder}: no usable config.json: {_first_line(error)}") from None
 
 
 def _from_hugging_face(name: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
@@ -219,7 +235,7 @@ def _from_hugging_face(name: str, revision: str | None, dtype: torch.dtype) -> P
         )
     except UserError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"{name}: {_why_not(name, error)}") from None
     model, found = loaded
     _refuse(name, found["missing_keys"], found["unexpected_keys"])
@@ -244,7 +260,7 @@ def _why_not(name: str, error: Exception) -> str:
             )
         return "no weights (*.safetensors) in this folder"
     if folder.is_dir():
-        return f"cannot be loaded: {_first_line(error)}"
+        return f"cannot be loaded: {_reason(error)}"
     return f"no such folder, and not loaded from the Hugging Face Hub: {_first_line(error)}"
 
 

@@ -138,11 +138,14 @@ def test_tokenizers_come_back(tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 
 # ----------------------------------------------------------------------------------- new models
 
+SMALL = {
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "vocab_size": 64,
+}  # fmt: skip
+
 
 def test_a_new_model_is_fp32_and_follows_the_seed() -> None:
-    config = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 32,
-              "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64,
-              "rope_theta": 5e5}  # fmt: skip
+    config = {**SMALL, "rope_theta": 5e5}
     torch.manual_seed(0)
     one = build_model(config)
     torch.manual_seed(0)
@@ -163,6 +166,10 @@ def test_a_new_model_is_fp32_and_follows_the_seed() -> None:
             {"model_type": "llama", "hiden_size": 32},
             r"'hiden_size' is no field of llama \(nearest: 'hidden_size'\)",
         ),
+        ({"model_type": "llama", "hidden_size": "abc"}, r"'hidden_size' expected int, got str"),
+        ({"model_type": "llama", "hidden_size": 250}, r"\(250\) is not a multiple of the number"),
+        ({"model_type": "llama", "num_attention_heads": 3}, r"of attention heads \(3\)"),
+        ({"model_type": "llama", "hidden_act": "nope"}, r"no llama can be made of it: 'nope'"),
     ],
 )
 def test_a_wrong_config_is_refused(config: dict[str, object], says: str) -> None:
@@ -171,6 +178,17 @@ def test_a_wrong_config_is_refused(config: dict[str, object], says: str) -> None
 
 
 # --------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    "text", ["{", '{"model_type": "llama", "hidden_size": "abc"}', "\xff", "[]"]
+)
+def test_a_config_that_cannot_be_read_is_refused(tmp_path: Path, text: str) -> None:
+    """In a folder that has weights."""
+    build_model(SMALL).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=str(tmp_path)):
+        load_model(str(tmp_path))
 
 
 @pytest.fixture
