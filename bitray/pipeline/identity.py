@@ -25,15 +25,20 @@ _BESIDE = {
     "memory_limit_gb", "memory_margin", "shared_run",
 }  # fmt: skip
 """The same within a stage."""
+_CUT = {"batch_size", "gradient_accumulation_steps"}
 FILE = "fingerprint.json"
 UNKNOWN = "unknown"
 
 
 def mathematical_settings(config: Config) -> dict[str, Any]:
-    """The effective settings that results depend on."""
+    """The effective settings that results depend on. How a global batch is cut is one of them only
+    where experts are balanced by micro-batch; else it changes rounding, and which masks diffusion
+    draws, but neither rows nor losses."""
     values = config.model_dump(mode="json", exclude=_ELSEWHERE | {"training"})
-    for stage in values["stages"].values():
-        for key in _BESIDE:
+    for name, stage in values["stages"].items():
+        said = config.stages[name]
+        stage["rows_per_step"] = said.rows_per_step
+        for key in _BESIDE | (set() if said.objectives.moe else _CUT):
             stage.pop(key, None)
     teacher = values["model"]["teacher"]
     for key in PLACEMENT:

@@ -32,6 +32,19 @@ def test_what_changes_no_result_is_the_same_run(tmp_path: Path) -> None:
     assert claim(config(tmp_path, *words), {"256": {"source 'a'": "a"}}) == first
 
 
+def test_how_a_global_batch_is_cut_is_no_part_of_a_run(tmp_path: Path) -> None:
+    """Its rows are; and so is the cut where experts are balanced by micro-batch."""
+
+    def identity(rows: int, tickets: int, *words: str) -> str:
+        cut = (f"training.batch_size={rows}", f"training.gradient_accumulation_steps={tickets}")
+        return fingerprint(mathematical_settings(config(tmp_path, *cut, *words)), {})
+
+    assert identity(4, 2) == identity(2, 4) == identity(8, 1)
+    assert identity(4, 2) != identity(4, 3)
+    experts = "stages.stage2.objectives.moe.weight=0.01"
+    assert identity(4, 2, experts) != identity(2, 4, experts)
+
+
 def test_where_a_teacher_runs_is_no_part_of_a_run_and_what_it_says_is(tmp_path: Path) -> None:
     def identity(*words: str) -> str:
         return fingerprint(mathematical_settings(config(tmp_path, *words)), {})

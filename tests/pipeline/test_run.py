@@ -456,8 +456,9 @@ def test_an_interrupted_run_is_continued_by_the_same_command(
 def test_the_same_command_with_other_workers_goes_on(
     configured: Callable[..., Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One, two, three, four workers in the same folder, asked to stop in between, one of the third
-    group killed: the rows are those of the plan and the losses those of one worker."""
+    """One, two, three, four workers in the same folder, with other micro-batches each time, asked
+    to stop in between, one of the third group killed: the rows are those of the plan and the losses
+    those of one worker."""
 
     def disturb(run: Road, size: int) -> None:
         before = {path.parent for path in run.checkpoints("stage0").glob("step_*/COMPLETE")}
@@ -471,9 +472,11 @@ def test_the_same_command_with_other_workers_goes_on(
         (run.folder / "STOP").touch()
 
     said = []
-    for size in (1, 2, 3, 4):
+    for size, (rows, tickets) in zip((1, 2, 3, 4), ((2, 3), (3, 2), (1, 6), (2, 3)), strict=True):
         config = configured(
-            "elastic", f"scaling.num_workers={size}", "scaling.cpus_per_worker=0.25",
+            "elastic", f"training.batch_size={rows}",
+            f"training.gradient_accumulation_steps={tickets}",
+            f"scaling.num_workers={size}", "scaling.cpus_per_worker=0.25",
             "stages.stage0.max_steps=120", "stages.stage0.optimizer.lr=1e-3",
         )  # fmt: skip
         elastic = Road(config)
@@ -500,14 +503,15 @@ def test_a_stage_starts_from_a_named_checkpoint_with_flags(
     road: Road, configured: Callable[..., Config]
 ) -> None:
     """Two workers wrote it, one goes on from it: with its place in the data and the schedules, but
-    not the moments of its optimizer. Stages before it are not fetched."""
+    not the moments of its optimizer, and the same rows cut into other micro-batches. Stages before
+    it are not fetched."""
     source = str(road.checkpoints("stage2") / "step_000008")
     flags = (
         f"stages.stage2.resume.checkpoint_path={source}",
         "stages.stage2.resume.load_optimizer_state=false",
         f"model.teacher.path={road.final('stage0')}",
-        "scaling.num_workers=1",
-    )
+        "scaling.num_workers=1", "training.batch_size=3", "training.gradient_accumulation_steps=2",
+    )  # fmt: skip
     config = configured("elsewhere", *flags)
     run(config)
     made = Road(config)
