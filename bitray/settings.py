@@ -114,7 +114,7 @@ def parse_yaml(text: str, origin: str) -> tuple[Tree, dict[Path_, int]]:
         return {}, {}
     if not isinstance(tree, dict):
         raise UserError(f"{origin}: expected 'key: value' lines, found {type(tree).__name__}")
-    return tree, dict(_lines(root))
+    return {str(key): value for key, value in tree.items()}, dict(_lines(root))
 
 
 def _lines(node: Any, path: Path_ = ()) -> Iterator[tuple[Path_, int]]:
@@ -231,12 +231,6 @@ class Composed(Settings):
                 chosen = {}  # a file that speaks of groups means exactly these
             for group, name in (layer.groups or {}).items():
                 chosen[cls.slots.get(group, group)] = f"{group}/{name}"
-    @classmethod
-    def _of(cls: type[Root], tree: Tree, layers: Sequence[Layer]) -> Root:
-        config = cls.model_validate(tree)
-        config._layers = tuple(layers)
-        return config
-
         preset, lacking = Tree(), dict[str, str]()
         for slot, document in chosen.items():
             try:
@@ -254,6 +248,12 @@ class Composed(Settings):
             slots = (cls.slots.get(group, group) for group in layer.groups or {})
             replaced |= {cls.nodes.get(slot, slot) for slot in slots}
         return heard
+
+    @classmethod
+    def _of(cls: type[Root], tree: Tree, layers: Sequence[Layer]) -> Root:
+        config = cls.model_validate(tree)
+        config._layers = tuple(layers)
+        return config
 
     @classmethod
     def _besides(
@@ -352,7 +352,7 @@ class Composed(Settings):
         if not isinstance(groups, dict):
             problem = f"groups ({origin}): takes choices by name, {{model: demo}}, not {groups!r}"
             return Layer(origin, values, None, lines, (problem,))
-        named = {cls.aliases.get(group, group): name for group, name in groups.items()}
+        named = {cls.aliases.get(str(key), str(key)): name for key, name in groups.items()}
         return Layer(origin, values, named, lines)
 
     @classmethod

@@ -170,7 +170,7 @@ def test_files_are_told_with_their_line(root: type[Root], tmp_path: Path) -> Non
         (b"? [a, b]\n: 1\n", r"mine\.yaml, line 1: found unhashable key"),
         (b"title: a\x00b\n", r"mine\.yaml: unacceptable character"),
         (b"part: 5\n", r"part \(.*mine\.yaml, line 1\): takes settings by name, not 5"),
-        (b"5: 6\n", r"5.*: .* strings"),
+        (b"5: 6\n", r"5 \(.*mine\.yaml, line 1\): there is no such setting"),
     ],
 )
 def test_a_file_that_is_no_configuration_has_its_sentence(

@@ -255,7 +255,7 @@ def _model_name(preset: Tree, layers: Sequence[Layer]) -> str | None:
 def _voices(preset: Tree, layers: Sequence[Layer]) -> Iterator[Tree]:
     """What is said of stages, one after the other: by presets that are about all of them, then by
     each layer, and with it by those presets that it chose."""
-    about = {name: preset[name] for name in ("gpu", "distillation") if name in preset}
+    about: Tree = {name: preset[name] for name in ("gpu", "distillation") if name in preset}
     yield about
     for layer in layers:
         chosen = {name: said for name, said in about.items() if name in (layer.groups or {})}
