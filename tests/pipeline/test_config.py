@@ -93,7 +93,7 @@ def test_a_worker_may_take_a_share_of_a_gpu() -> None:
     assert config.scaling.per_worker["GPU"] == 0.25
     assert needed(config, "stage2") == (4 + 2, 0.25)
     check_resources(config, {**cpus, "GPU": 0.25})
-    with pytest.raises(UserError, match=r"needs 0\.25 GPUs, the cluster has 0\.2"):
+    with pytest.raises(UserError, match=r"needs 0\.25 GPUs, this machine has 0\.2"):
         check_resources(config, {**cpus, "GPU": 0.2})
     with pytest.raises(UserError, match="NCCL does not put two of 2 workers on the same GPU"):
         Config.load(overrides=[*words, "scaling.num_workers=2"])
