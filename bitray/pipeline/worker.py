@@ -45,7 +45,7 @@ from bitray.training.flops import flops_per_token
 from bitray.training.goodput import Clock, Ledger
 from bitray.training.influence import Influence
 from bitray.training.loop import Every, Loop, autocast_for, mean_loss, seed_of
-from bitray.training.metrics import Sink
+from bitray.training.metrics import Sink, close_all
 from bitray.training.parallel import from_rank_zero, on_rank_zero, parallelize, world
 from bitray.training.state import Position
 from bitray.training.teacher import Teacher, open_teacher
@@ -179,12 +179,7 @@ class Stage:
             watch.close()
             self.checkpoints.close()
         self.own.close()
-
-        def close() -> None:
-            for sink in loop.sinks:
-                sink.close()
-
-        on_rank_zero(close)
+        on_rank_zero(partial(close_all, loop.sinks))
         return not loop.stopped
 
     def train(self, loop: Loop) -> None:

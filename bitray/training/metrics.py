@@ -232,3 +232,9 @@ def write_all(sinks: Sequence[Sink], stage: str, step: int, metrics: Metrics) ->
     """The same numbers to every sink."""
     for sink in sinks:
         sink.write(stage, step, metrics)
+
+
+def close_all(sinks: Sequence[Sink]) -> None:
+    """No more numbers come."""
+    for sink in sinks:
+        sink.close()
