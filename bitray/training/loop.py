@@ -224,8 +224,8 @@ class Loop:
         given, position = self.settings.loss_spike, self.position
         if not given.enabled:
             return
-        if position.schedule_step in self.settings.turns:
-            position.losses = Norms()
+        if position.schedule_step in self.settings.curriculum.ends(self.settings.total_steps):
+            position.losses = Norms()  # a phase begins, whose objectives weigh otherwise
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for metrics in found:
             for name, scale in scales.items():

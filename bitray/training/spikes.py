@@ -10,7 +10,7 @@ from bitray.optim import ZClip
 
 class LossSpike(ZClip):
     """A step whose loss stands out from those before it, by the same statistics as `zclip` has of
-    gradient norms, begun anew where other objectives begin to count. Its tickets are recorded."""
+    gradient norms, begun anew with every phase of a curriculum. Its tickets are recorded."""
 
     enabled: bool = True
     warmup_steps: int = Field(default=100, ge=2)

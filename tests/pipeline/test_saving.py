@@ -55,21 +55,21 @@ def test_after_a_spike_the_steps_since_the_last_checkpoint_are_left_out(
         run.hooks = [Every(4, lambda each: save(saved, each, folder.step(each.position.step)))]
         return run
 
-    bad = range(14, 17)
-    with pytest.raises(Rewind, match="here, step 14: the loss of tickets 28 to 29 is"):
+    bad = range(18, 21)
+    with pytest.raises(Rewind, match="here, step 18: the loss of tickets 36 to 37 is"):
         begun().run(spoilt(bad))
-    assert folder.left_out() == [range(12, 15)]
-    with pytest.raises(Rewind, match="step 15"):
-        begun().run(spoilt(bad, 24))
-    with pytest.raises(Rewind, match="step 16"):
-        begun().run(spoilt(bad, 24))
+    assert folder.left_out() == [range(16, 19)]
+    with pytest.raises(Rewind, match="step 19"):
+        begun().run(spoilt(bad, 32))
+    with pytest.raises(Rewind, match="step 20"):
+        begun().run(spoilt(bad, 32))
     last = begun()
     last.run(spoilt(bad, 2 * last.data_step))
     saved.wait()
     assert (last.position.step, last.position.skipped) == (24, 5)
     events = [event for event in read_events(run_dir) if event["kind"] == "loss_spike"]
-    assert [event["step"] for event in events] == [14, 15, 16]
-    assert events[0]["tickets"] == [28, 29] and events[0]["left_out"] == [12, 13, 14]
+    assert [event["step"] for event in events] == [18, 19, 20]
+    assert events[0]["tickets"] == [36, 37] and events[0]["left_out"] == [16, 17, 18]
     assert events[0]["loss"] > 1.5 * events[0]["mean"]
 
 
