@@ -12,7 +12,7 @@ from ax.api.configs import ChoiceParameterConfig, RangeParameterConfig
 from ax.utils.common.random import with_rng_seed
 
 from bitray.tuning.linear import Linear, at_most_zero
-from bitray.tuning.parameter import Parameter, encoded, mixed, name_of
+from bitray.tuning.parameter import encoded, mixed, name_of
 from bitray.tuning.space import SearchSpace
 
 LEAST_OBSERVED, OBSERVED_PER_PARAMETER = 5, 2
@@ -32,7 +32,11 @@ def client_of(space: SearchSpace) -> Client:
     _quiet()
     client = Client()
     client.configure_experiment(
-        [_parameter(space, path, each) for path, each in space.searched().items()],
+        [
+            _parameter(space, path, state)
+            for path in space.searched()
+            for state in space.states(path)
+        ],
         [
             " + ".join(f"{c!r} * {name_of(path)}" for path, c in row.items()) + f" <= {bound!r}"
             for row, bound in space.inequalities()
@@ -108,19 +112,17 @@ def importance(
             )
         table = _table(indices)
         found = dict(zip(table["parameter_name"], map(float, table["sensitivity"]), strict=True))
-        shares[name] = {path: _share(found, name_of(path)) for path in space.searched()}
+        shares[name] = {path: _share(found, space.names(path)) for path in space.searched()}
         fits.append(f"{_r2(_table(left_out)):.2f} for {name}")
     told = ", ".join(fits)
     return shares, f"importance is that of a surrogate whose R2 at trials left out is {told}"
 
 
-def _share(found: Mapping[str, float], name: str) -> float:
-    """Of a parameter; the surrogate sees a choice as one column for each value."""
-    if name in found:
-        return found[name]
-    return math.fsum(
-        abs(share) for column, share in found.items() if column.startswith(f"{name}_OH_")
-    )
+def _share(found: Mapping[str, float], names: set[str]) -> float:
+    """Of a parameter, under all its names; the surrogate sees a choice as a column for each
+    value."""
+    own = [share for column, share in found.items() if column.partition("_OH_")[0] in names]
+    return math.copysign(math.fsum(map(abs, own)), math.fsum(own))
 
 
 def _table(card: Any) -> Any:
@@ -133,20 +135,23 @@ def _r2(table: Any) -> float:
 
 
 def _parameter(
-    space: SearchSpace, path: str, parameter: Parameter
+    space: SearchSpace, path: str, state: Mapping[str, Any]
 ) -> RangeParameterConfig | ChoiceParameterConfig:
+    """With the name that it has where those before it have these values."""
+    parameter, name = space.parameters[path], space.name(path, state)
     if parameter.bounds:
         low, high = (encoded(parameter, bound) for bound in parameter.bounds)
         kind: Any = "int" if parameter.int else "float"
-        return RangeParameterConfig(name_of(path), (low, high), kind)
+        return RangeParameterConfig(name, (low, high), kind)
     values: Any = [encoded(parameter, value) for value in parameter.values]
     below: dict[Any, list[str]] = {}
     for child, each in space.searched().items():
         if each.condition and each.condition[0] == path:
             for value in each.condition[1]:
-                below.setdefault(encoded(parameter, value), []).append(name_of(child))
+                there = space.name(child, {**state, path: value})
+                below.setdefault(encoded(parameter, value), []).append(there)
     return ChoiceParameterConfig(
-        name_of(path),
+        name,
         values,
         TYPES[str if mixed(parameter) else type(parameter.values[0])],
         is_ordered=parameter.kind == "ordered",

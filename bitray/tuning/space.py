@@ -168,32 +168,56 @@ class SearchSpace(Composed):
             elif parameter.derived:
                 found[path] = linear(parameter.derived).value(found)
             else:
-                found[path] = decoded(parameter, point[name_of(path)])
+                found[path] = decoded(parameter, point[self.name(path, found)])
         return {path: found[path] for path in self.parameters if path in found}
 
     def point(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """The point in Ax's names and scales for settings of the run."""
         return {
-            name_of(path): encoded(parameter, overrides[path])
+            self.name(path, overrides): encoded(parameter, overrides[path])
             for path, parameter in self.searched().items()
             if self.active(path, overrides)
         }
 
+    def name(self, path: str, values: Mapping[str, Any]) -> str:
+        """Of a parameter in Ax, given those before it. Parameters are a tree there, so that what
+        matters with several values of another one has a name for each of them."""
+        branch, above = "", self.parameters[path].condition
+        while above is not None:
+            parent, said = above
+            branch = (f".{values[parent]}" if len(said) > 1 else "") + branch
+            above = self.parameters[parent].condition
+        return name_of(path + branch)
+
+    def states(self, path: str) -> Iterator[dict[str, Any]]:
+        """All values of those before a parameter with which it matters."""
+        condition = self.parameters[path].condition
+        if condition is None:
+            yield {}
+            return
+        parent, said = condition
+        for state in self.states(parent):
+            yield from ({**state, parent: value} for value in said)
+
+    def names(self, path: str) -> set[str]:
+        """All that a parameter has in Ax."""
+        return {self.name(path, state) for state in self.states(path)}
+
     def _parents_first(self) -> Iterator[tuple[str, Parameter]]:
         def rank(path: str) -> tuple[bool, int]:
-            return self.parameters[path].derived is not None, len(self._ancestors(path))
+            return self.parameters[path].derived is not None, len(self._above(path))
 
         for path in sorted(self.parameters, key=rank):
             yield path, self.parameters[path]
 
-    def _ancestors(self, path: str) -> dict[str, Any]:
-        """Parameters above one, with values that make it matter; nearest first."""
-        found: dict[str, Any] = {}
+    def _above(self, path: str) -> list[str]:
+        """Parameters that decide whether one matters; nearest first."""
+        found: list[str] = []
         while path in self.parameters and (said := self.parameters[path].condition):
             path = said[0]
             if path in found:
                 raise UserError(f"parameters.{path}: when: it depends on itself")
-            found[path] = said[1][0]
+            found.append(path)
         return found
 
     def inequalities(self) -> list[tuple[dict[str, float], float]]:
@@ -252,7 +276,7 @@ class SearchSpace(Composed):
         for n, text in enumerate(self.constraints):
             found += [f"constraints.{n}: {problem}" for problem in _refused(self._inequality, text)]
         if not found:
-            found += self._region_problems()
+            found += [*self._twins(), *self._region_problems()]
         return [*found, *self._outcome_problems(), *self._size_problems()]
 
     def _parameter_problems(self, path: str) -> list[str]:
@@ -273,7 +297,7 @@ class SearchSpace(Composed):
                     for value in values
                     if not any(value is v or repr(value) == repr(v) for v in known[above].values)
                 ]
-            found += _refused(self._ancestors, path)
+            found += _refused(self._above, path)
         if parameter.derived is not None:
             problems = _refused(linear, parameter.derived)
             if not problems:
@@ -282,10 +306,16 @@ class SearchSpace(Composed):
                 if said.logs:
                     problems.append("log10 has no place in a derived parameter")
             found += [f"{where}.derived: {problem}" for problem in problems]
-        twins = [p for p in self.parameters if p != path and name_of(p) == name_of(path)]
-        if twins:
-            found.append(f"{where}: Ax cannot tell it from {twins[0]}")
         return found
+
+    def _twins(self) -> list[str]:
+        known: dict[str, str] = {}
+        return [
+            f"parameters.{path}: Ax cannot tell it from {known[name]}"
+            for path in self.parameters
+            for name in self.names(path)
+            if known.setdefault(name, path) != path
+        ]
 
     def _region_problems(self) -> list[str]:
         """Whether constraints leave anything."""
@@ -378,16 +408,14 @@ class SearchSpace(Composed):
         missing = _missing_entry(config, path)
         if missing:
             return [f"{missing}{self._line(path)}"]
-        parameter, above = self.parameters[path], self._ancestors(path)
+        parameter = self.parameters[path]
         values: Sequence[Any] = parameter.tried()
         if parameter.derived is not None:
             values = self.extremes(linear(parameter.derived)) or ()
-        parent, states = parameter.condition or (path, (None,))
-        for state in states:
+        for state in self.states(path):
             for value in values:
-                said = {**above, **({parent: state} if parent != path else {}), path: value}
                 try:
-                    config.override(said)
+                    config.override({**state, path: value})
                 except UserError as error:
                     return [f"{error}{self._line(path)}"]
         return []

@@ -100,6 +100,9 @@ def analyze(folder: str) -> str:
 
 def outline(space: SearchSpace) -> str:
     """What a sweep would do, for `--dry-run`."""
+    from bitray.tuning.experiment import client_of
+
+    client_of(space)  # Ax has to take it
     config = space.config()
     tokens = sum(lengths(config).values())
     lines = [

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from bitray.settings import UserError
 from bitray.tuning import SearchSpace
+from bitray.tuning.experiment import client_of
 
 SPACES = sorted((Path(__file__).parents[2] / "search_spaces").glob("*.yaml"))
 LR, LR19 = "stages.stage2.optimizer.lr", "stages.stage1_9.optimizer.lr"
@@ -52,6 +53,7 @@ def test_every_space_loads_and_its_points_are_runs(path: Path) -> None:
     space = SearchSpace.load(str(path))
     config = space.config()
     assert path.read_text().startswith("# ")
+    client_of(space)  # Ax takes it
     for point in corners(space):
         said = space.overrides(point)
         if min(v for v in said.values() if not isinstance(v, str)) >= 0:  # no derived below 0
@@ -95,6 +97,32 @@ def test_points_and_settings_are_one_another_s_inverse(a: float, b: float, salie
     [(row, bound)] = space.inequalities()
     slack = bound - sum(c * math.log10(said[p]) for p, c in row.items())
     assert slack == pytest.approx(math.log10(2 * said[LR19] / said[LR]))
+
+
+def test_what_matters_with_several_values_is_one_parameter() -> None:
+    """Ax knows trees alone: it has a parameter below each value, we have one setting."""
+    deep = {"uniform": [0.0, 1.0], "when": {"x.kind": ["b", "c"]}}
+    told = {
+        "parameters": {
+            "x.kind": {"choice": ["a", "b", "c"]},
+            "x.mode": {"choice": [1, 2], "when": {"x.kind": ["b", "c"]}},
+            "x.deep": deep,
+            "x.deeper": {"uniform": [0.0, 1.0], "when": {"x.mode": 2}},
+        },
+        "objectives": {"loss": "minimize"},
+    }
+    space = SearchSpace.load_text(yaml.safe_dump(told), "here")
+    assert space.names("x.deeper") == {"x__deeper__b", "x__deeper__c"}
+    client, found = client_of(space), []
+    for _ in range(12):
+        [(index, point)] = client.get_next_trials(1).items()
+        said = space.overrides(point)
+        assert space.point(said) == point
+        assert ("x.deep" in said) == ("x.mode" in said) == (said["x.kind"] != "a")
+        assert ("x.deeper" in said) == (said.get("x.mode") == 2)
+        found.append(said["x.kind"])
+        client.complete_trial(index, {"loss": said.get("x.deep", 0.5)})
+    assert set(found) == {"a", "b", "c"}
 
 
 def test_a_derived_weight_takes_what_is_left(tmp_path: Path) -> None:
