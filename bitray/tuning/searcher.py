@@ -159,13 +159,19 @@ class AxSearcher(Searcher):
         self._set(state)
 
     def hand_out_again(self) -> None:
-        """Have trials that were begun and did not end be suggested once more, before all others:
-        for a driver that starts anew and whose trials continue where they stood."""
+        """Have trials that were begun and did not end, or failed, suggested once more before all
+        others: for a driver that starts anew and whose trials continue where they stood. Waits for
+        Ax, which else might take what earlier trials told for a sign of life."""
+        self.settle()
         with self._changed:
+            failed = [i for i, (status, _) in self._ended.items() if status == "failed"]
             begun = sorted(i for i in set(self._trials.values()) if i not in self._ended)
             self._ready[:0] = begun
-            for trial in [t for t, i in self._trials.items() if i in begun]:
+            for trial in [t for t, i in self._trials.items() if i in {*begun, *failed}]:
                 del self._trials[trial]
+            for index in failed:
+                self._put({"do": "again", "index": index})
+        self.settle()
 
     def __getstate__(self) -> dict[str, Any]:
         said = {
@@ -269,7 +275,8 @@ class AxSearcher(Searcher):
                     if self._stopped:
                         return
                     event = self._events[0]
-                self._generate() if event["do"] == "generate" else self._tell(event)
+                handle = {"generate": self._generate, "again": self._again}
+                handle.get(event["do"], self._tell)(event)
         except BaseException as error:
             with self._changed:
                 self._error = error
@@ -281,7 +288,7 @@ class AxSearcher(Searcher):
 
         return as_json(self._client)
 
-    def _generate(self) -> None:
+    def _generate(self, event: Event) -> None:
         from ax.exceptions.core import SearchSpaceExhausted
 
         from bitray.tuning.experiment import candidate
@@ -300,6 +307,21 @@ class AxSearcher(Searcher):
             self._overrides[index] = overrides
             self._made += 1
             self._ready.append(index)
+            self._events.popleft()
+            self._keep()
+            self._changed.notify_all()
+
+    def _again(self, event: Event) -> None:
+        """Put another trial into the place of one that failed, which Ax takes no results of."""
+        failed = event["index"]
+        overrides = self._overrides[failed]
+        index = int(self._client.attach_trial(self.space.point(overrides)))
+        snapshot = self._done()
+        with self._changed:
+            self._snapshot = snapshot
+            del self._ended[failed], self._overrides[failed]
+            self._overrides[index] = overrides
+            self._ready.insert(0, index)
             self._events.popleft()
             self._keep()
             self._changed.notify_all()

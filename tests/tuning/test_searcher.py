@@ -5,6 +5,7 @@ import json
 import math
 import pickle
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -185,7 +186,13 @@ def test_a_driver_that_was_killed_begins_where_it_was(tmp_path: Any) -> None:
     file = str(tmp_path / "searcher.json")
     killed = AxSearcher(space(), file=file)
     samples = [asked(killed, f"t{n}") for n in range(4)]
-    killed.on_trial_complete("t1", told(samples[1], 3))  # of which Ax may not know yet
+    killed.settle()
+    told_so_far = json.loads(Path(file).read_text())
+    coming = [("completed", 1, 3), ("result", 2, 1), ("result", 0, 2)]  # Ax does not know yet
+    told_so_far["events"] += [
+        killed._event(what, f"t{n}", told(samples[n], step)) for what, n, step in coming
+    ]
+    Path(file).write_text(json.dumps(told_so_far))
     again = AxSearcher(space(), file=file)
     again.settle()
     again.hand_out_again()
@@ -193,6 +200,23 @@ def test_a_driver_that_was_killed_begins_where_it_was(tmp_path: Any) -> None:
     assert rest[:3] == [samples[0], *samples[2:]] and len(rest) == 7 and samples[1] not in rest
     assert [each.status for each in again.ended()] == ["completed"] * 8
     assert len(ax_statuses(again)) == 8
+
+
+def test_failed_trials_are_tried_again_by_a_driver_that_starts_anew(tmp_path: Any) -> None:
+    """In their own place: as many trials end as were asked for, and Ax knows how."""
+    file = str(tmp_path / "searcher.json")
+    searcher = AxSearcher(space(num_trials=4, sobol_trials=4), file=file)
+    samples = [asked(searcher, f"t{n}") for n in range(4)]
+    for n in range(4):
+        searcher.on_trial_complete(f"t{n}", told(samples[n], 3), error=n in (1, 2))
+    assert [each.status for each in searcher.ended()].count("failed") == 2
+    again = AxSearcher(space(num_trials=4, sobol_trials=4), file=file)
+    again.hand_out_again()
+    assert [each.overrides for each in again.ended()] == [samples[0], samples[3]]
+    rest = run_all(again, "t")  # Tune's names may come again
+    assert sorted(map(str, rest)) == sorted(map(str, samples[1:3]))
+    assert [each.status for each in again.ended()] == ["completed"] * 4
+    assert list(ax_statuses(again).values()).count("completed") == 4
 
 
 def test_more_trials_may_follow(tmp_path: Any) -> None:
