@@ -194,7 +194,6 @@ def test_a_driver_that_was_killed_begins_where_it_was(tmp_path: Any) -> None:
     ]
     Path(file).write_text(json.dumps(told_so_far))
     again = AxSearcher(space(), file=file)
-    again.settle()
     again.hand_out_again()
     rest = run_all(again, "u")
     assert rest[:3] == [samples[0], *samples[2:]] and len(rest) == 7 and samples[1] not in rest
@@ -278,3 +277,9 @@ def test_a_model_takes_over_and_nobody_waits_for_it() -> None:
     table = from_json(searcher.get_state()["ax"]).summarize()
     assert list(table["generation_node"]) == ["Sobol"] * 4 + ["MBM"] * 3
     assert min(map(loss, samples[4:])) < min(map(loss, samples[:4]))
+
+
+def test_a_model_s_points_are_the_same_for_the_same_calls() -> None:
+    said = {"num_trials": 6, "sobol_trials": 4}
+    first, again = (run_all(AxSearcher(space(**said), ahead=0), steps=1) for _ in range(2))
+    assert first == again and len(first) == 6
