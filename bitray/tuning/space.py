@@ -166,10 +166,16 @@ class SearchSpace(Composed):
             if parameter.kind == "fixed":
                 found[path] = parameter.fixed
             elif parameter.derived:
-                found[path] = linear(parameter.derived).value(found)
+                found[path] = self._derived(parameter.derived, found)
             else:
                 found[path] = decoded(parameter, point[self.name(path, found)])
         return {path: found[path] for path in self.parameters if path in found}
+
+    def _derived(self, text: str, values: Mapping[str, Any]) -> float:
+        """Of an expression, within what constraints allow: Ax keeps them to some 1e-8."""
+        said = linear(text)
+        low, high = self.extremes(said) or (-math.inf, math.inf)
+        return min(max(said.value(values), low), high)
 
     def point(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """The point in Ax's names and scales for settings of the run."""
@@ -324,7 +330,8 @@ class SearchSpace(Composed):
         return []
 
     def extremes(self, of: Linear) -> tuple[float, float] | None:
-        """Least and largest value of an expression where all constraints hold; None: nowhere."""
+        """Least and largest value of an expression where all constraints hold; None: nowhere. Rates
+        count as if none spoke of them: constraints are linear in their logarithms."""
         import numpy as np
         from scipy.optimize import linprog
 
@@ -337,11 +344,14 @@ class SearchSpace(Composed):
         if rows:
             limits["A_ub"] = np.array([[row.get(p, 0.0) for p in numbers] for row, _ in rows])
             limits["b_ub"] = np.array([bound for _, bound in rows])
-        cost = np.array([of.terms.get(p, 0.0) for p in numbers])
+        rates = {p: each.loguniform for p, each in numbers.items() if each.loguniform}
+        cost = np.array([0.0 if p in rates else of.terms.get(p, 0.0) for p in numbers])
         least, most = linprog(cost, **limits), linprog(-cost, **limits)
         if not (least.success and most.success):
             return None
-        low, high = least.fun + of.constant, -most.fun + of.constant
+        ends = [sorted(of.terms.get(p, 0.0) * bound for bound in rates[p]) for p in rates]
+        low = least.fun + of.constant + sum(end[0] for end in ends)
+        high = -most.fun + of.constant + sum(end[1] for end in ends)
         return round(low, 12) + 0.0, round(high, 12) + 0.0
 
     def _outcome_problems(self) -> list[str]:

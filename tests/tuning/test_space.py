@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from bitray.settings import UserError
 from bitray.tuning import SearchSpace
 from bitray.tuning.experiment import client_of
+from bitray.tuning.linear import linear
 
 SPACES = sorted((Path(__file__).parents[2] / "search_spaces").glob("*.yaml"))
 LR, LR19 = "stages.stage2.optimizer.lr", "stages.stage1_9.optimizer.lr"
@@ -131,6 +132,26 @@ def test_a_derived_weight_takes_what_is_left(tmp_path: Path) -> None:
         {"data__sources__code__weight": 0.5, "data__sources__prose__weight": 0.3}
     )
     assert said["data.sources.arithmetic.weight"] == pytest.approx(0.2)
+    said = space.overrides(  # Ax gives such: its own sum is a little above 1
+        {"data__sources__code__weight": 0.4 + 7.8e-9, "data__sources__prose__weight": 0.6}
+    )
+    assert said["data.sources.arithmetic.weight"] == 0
+    assert space.config().override(said)
+
+
+def test_what_is_derived_of_a_rate_lies_between_its_ends() -> None:
+    told = {
+        "parameters": {
+            "x.rate": {"loguniform": [1e-3, 1e-1]},
+            "x.share": {"uniform": [0.0, 1.0]},
+            "x.rest": {"derived": "1 - 2 * x.rate - x.share"},
+        },
+        "constraints": ["x.share <= 0.5"],
+        "objectives": {"loss": "minimize"},
+    }
+    space = SearchSpace.load_text(yaml.safe_dump(told), "here")
+    assert space.extremes(linear("1 - 2 * x.rate - x.share")) == pytest.approx((0.3, 0.998))
+    assert space.overrides({"x__rate": -2.0, "x__share": 0.25})["x.rest"] == pytest.approx(0.73)
 
 
 BAD = {
