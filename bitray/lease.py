@@ -22,7 +22,7 @@ from typing import Any
 
 from bitray import storage
 from bitray.retries import patient
-from bitray.settings import UserError
+from bitray.settings import Passing, UserError
 
 FOLDER = "lease"
 BEAT_S = 5.0
@@ -30,11 +30,11 @@ STALE_S = 30.0
 """Age of the last heartbeat from which on a holder counts as lost."""
 
 
-class Held(UserError):
+class Held(Passing):
     """Another driver holds the run, or one did that has not been gone for long."""
 
 
-class TakenOver(UserError):
+class TakenOver(Passing):
     """Another driver has taken the run over; nothing more may be written for this one."""
 
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay
 from tenacity.wait import wait_random_exponential
 
-from bitray.settings import UserError
+from bitray.settings import Passing
 
 _growing = wait_random_exponential(multiplier=0.2, max=20.0)
 _FORBIDDEN = re.compile(
@@ -33,7 +33,7 @@ _failing: dict[int, str] = {}
 T = TypeVar("T")
 
 
-class StorageGone(UserError):
+class StorageGone(Passing):
     """Storage has not answered for as long as anybody was to wait for it."""
 
 
@@ -56,7 +56,7 @@ def failing() -> str | None:
 def retried(uri: str, call: Callable[[], T]) -> T:
     """The result of `call`, which asks storage for `uri`.
 
-    Raises `StorageGone` after the patience has run out, `UserError` where access is denied, and
+    Raises `StorageGone` after the patience has run out, `Passing` where access is denied, and
     any other error that does not pass as it is.
     """
     began, thread, patience = time.monotonic(), threading.get_ident(), _patience
@@ -89,7 +89,7 @@ def retried(uri: str, call: Callable[[], T]) -> T:
                 "when it does, the same command continues"
             ) from error
         if _FORBIDDEN.search(reason):
-            raise UserError(
+            raise Passing(
                 f"{uri}: access is denied ({reason}); renew the credentials, and the same command "
                 "continues"
             ) from error

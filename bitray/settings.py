@@ -16,13 +16,27 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_
 
 from bitray.explaining import Layer, Path_, Tree, explain, listed, nearest
 
-__all__ = ["Composed", "Layer", "Settings", "Tree", "UserError", "listed", "merge", "nearest"]
+__all__ = [
+    "Composed",
+    "Layer",
+    "Passing",
+    "Settings",
+    "Tree",
+    "UserError",
+    "listed",
+    "merge",
+    "nearest",
+]
 
 Root = TypeVar("Root", bound="Composed")
 
 
 class UserError(ValueError):
     """What a user can put right: where it is, what is wrong, and what would be right."""
+
+
+class Passing(UserError):
+    """What ended a run for no fault of its settings: once it is over, the same command goes on."""
 
 
 class Settings(BaseModel):

@@ -17,7 +17,7 @@ from ray.util.placement_group import (
 
 from bitray.pipeline.config import Config
 from bitray.pipeline.groups import Scaling
-from bitray.settings import UserError
+from bitray.settings import Passing, UserError
 
 PREFLIGHT_SECONDS = 10.0
 """How long Ray may take to place workers and readers on nodes that are there and free."""
@@ -65,7 +65,7 @@ def coming() -> dict[str, float]:
 def preflight(config: Config) -> None:
     """Have the workers and readers of every stage placed for a moment, as training will.
 
-    `UserError` after seconds where the nodes cannot hold them; where others use them, or an
+    `Passing` after seconds where the nodes cannot hold them; where others use them, or an
     autoscaler may bring more, after `scaling.patience_seconds`, which is said.
     """
     checked: list[Scaling] = []
@@ -94,7 +94,7 @@ def _check_placement(stage: str, scaling: Scaling) -> None:
             print(f"scaling: stage {stage} waits up to {patience:g} s: {why}", flush=True)
             if _placed(groups, patience):
                 return
-        raise UserError(_refusal(stage, scaling))
+        raise Passing(_refusal(stage, scaling))
     finally:
         for group in groups:
             remove_placement_group(group)

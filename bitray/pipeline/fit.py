@@ -30,7 +30,7 @@ from bitray.pipeline.plan import too_large
 from bitray.pipeline.streams import data_state
 from bitray.pipeline.worker import Job, work
 from bitray.retries import StorageGone, may_pass
-from bitray.settings import UserError
+from bitray.settings import Passing, UserError
 
 START_SECONDS = 10.0
 """How long Ray Train waits for the nodes of all workers before it looks again at how many there
@@ -66,8 +66,8 @@ def storage_errors(run_dir: str) -> Iterator[None]:
 
 def fit(job: Job, scaling: Scaling) -> str | None:
     """Train the job's stages. Returns the stage in which somebody stopped it, or None at its end.
-    `UserError` for what the workers found that a user can put right, and where they failed once
-    more than `scaling.max_failures` times.
+    `UserError` for what the workers found that a user can put right, `Passing` where they failed
+    once more than `scaling.max_failures` times.
 
     Where workers leave to be more of them, or off a node that goes, others start at once.
     """
@@ -82,26 +82,27 @@ def fit(job: Job, scaling: Scaling) -> str | None:
             with storage_errors(job.config.run_dir):
                 result: Any = in_thread(_trainer(job, scaling).fit)
         except TrainingFailedError as error:
-            raise UserError(_failure(job, scaling, error)) from error
+            raise _failure(job, scaling, error) from error
         except RayActorError as error:  # Ray Train's own controller; its workers go with it
             lost += 1
             if lost > scaling.max_failures:
-                raise UserError(f"Ray Train's controller was lost {lost} times: {error}") from error
+                raise Passing(f"Ray Train's controller was lost {lost} times: {error}") from error
             continue
         outcome: dict[str, Any] = result.return_value
         if "out_of_memory" in outcome:
             storage.remove(uri)
             raise UserError(too_large(job.config, **outcome["out_of_memory"]))
         if "error" in outcome:
-            raise UserError(outcome["error"])
+            raise (Passing if outcome["passing"] else UserError)(outcome["error"])
         if "again" not in outcome:
             return outcome.get("stopped")
 
 
-def _failure(job: Job, scaling: Scaling, error: TrainingFailedError) -> str:
+def _failure(job: Job, scaling: Scaling, error: TrainingFailedError) -> UserError:
     """One sentence of what ended the run, with a file that has all of it."""
     if said := told(error):
-        return said
+        passing = any(isinstance(each, Passing | OSError) for each in causes(error))
+        return Passing(said) if passing else UserError(said)
     uri = storage.join(job.config.run_dir, "failure.txt")
     storage.write_text(uri, str(error))
     failures = getattr(error, "worker_failures", {})
@@ -113,7 +114,7 @@ def _failure(job: Job, scaling: Scaling, error: TrainingFailedError) -> str:
     elif isinstance(getattr(error, "controller_failure", None), STARTS):
         patience = f"{scaling.patience_seconds:g} s (scaling.patience_seconds)"
         what = f"no {scaling.fewest} workers could be started in {patience}"
-    return f"{what}; all of it is in {uri}, and the same command continues"
+    return Passing(f"{what}; all of it is in {uri}, and the same command continues")
 
 
 def _trainer(job: Job, scaling: Scaling) -> TorchTrainer:

@@ -36,7 +36,7 @@ from bitray.pipeline.remix import schedule_of_mixture
 from bitray.pipeline.report import Table
 from bitray.pipeline.session import ray_session
 from bitray.pipeline.teacher_server import checked
-from bitray.settings import UserError, listed
+from bitray.settings import Passing, UserError, listed
 from bitray.training.flops import flops_per_token
 from bitray.training.teacher_settings import Actors, InProcess, Offload, Server
 
@@ -59,8 +59,8 @@ def resources() -> dict[str, float]:
 
 
 def check_resources(config: Config, held: Mapping[str, float]) -> None:
-    """`UserError` if workers and readers together need more than there is, where Ray would wait for
-    ever, or 8-bit floats that the GPUs here do not have."""
+    """`Passing` if workers and readers together need more than there is, where Ray would wait for
+    ever; `UserError` for 8-bit floats that the GPUs here do not have."""
     whose = "the cluster" if on_cluster() else "this machine"
     here = torch.cuda.is_available() and not os.environ.get("RAY_ADDRESS")
     if problem := config.fp8_problem(torch.cuda.get_device_capability() if here else None):
@@ -71,7 +71,7 @@ def check_resources(config: Config, held: Mapping[str, float]) -> None:
         cpus, gpus = needed(config, name, scaling.fewest)
         beside = f" + {teacher.count} teachers x {teacher.cpus:g}" if teacher else ""
         if cpus > held.get("CPU", 0.0):
-            raise UserError(
+            raise Passing(
                 f"scaling: stage {name} needs {cpus:g} CPUs ({scaling.fewest} workers x "
                 f"{scaling.cpus_per_worker:g} + {scaling.readers} readers x "
                 f"{scaling.cpus_per_reader:g}{beside}), {whose} has {held.get('CPU', 0.0):g}; "
@@ -79,7 +79,7 @@ def check_resources(config: Config, held: Mapping[str, float]) -> None:
                 + (" or model.teacher.cpus" if teacher else "")
             )
         if gpus > held.get("GPU", 0.0):
-            raise UserError(
+            raise Passing(
                 f"scaling: stage {name} needs {gpus:g} GPUs, {whose} has "
                 f"{held.get('GPU', 0.0):g}; take scaling=laptop to train on CPUs, or lower "
                 "scaling.num_workers" + (" or model.teacher.gpus" if teacher else "")

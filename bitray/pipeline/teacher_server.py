@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bitray.models.batch import IGNORED, Batch
 from bitray.models.sparse import TopK
-from bitray.settings import UserError
+from bitray.settings import Passing, UserError
 from bitray.training.teacher_settings import Server
 
 KEY = "VLLM_API_KEY"
@@ -77,7 +77,7 @@ class Client:
                     raise UserError(f"model.teacher: {url} refuses with {why}") from None
             except (OSError, http.client.HTTPException, ValueError) as error:
                 why = str(getattr(error, "reason", error)) or type(error).__name__
-        raise UserError(
+        raise Passing(
             f"model.teacher.url: {url} does not answer after {self.settings.attempts} tries "
             f"({why}); once it runs again, the same command continues the run"
         )

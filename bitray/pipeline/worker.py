@@ -24,7 +24,7 @@ from bitray.lease import Claim
 from bitray.models.isolation import check_documents_isolated
 from bitray.models.loading import load_tokenizer, model_files
 from bitray.models.losses import LossModel
-from bitray.pipeline.cli import told
+from bitray.pipeline.cli import causes, told
 from bitray.pipeline.cluster import room_for_another
 from bitray.pipeline.config import Config
 from bitray.pipeline.console import Say, speaking
@@ -39,7 +39,7 @@ from bitray.pipeline.saving import STOP, Checkpoints, Rewind, Watch
 from bitray.pipeline.sinks import RayMetrics, run_name, sinks_of
 from bitray.pipeline.student import Student
 from bitray.retries import patient
-from bitray.settings import UserError
+from bitray.settings import Passing, UserError
 from bitray.training import goodput, state
 from bitray.training.flops import flops_per_token
 from bitray.training.goodput import Clock, Ledger
@@ -93,12 +93,14 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
         except Rewind:
             raise
         except (UserError, FloatingPointError) as error:
-            return {"error": told(error) or str(error)}
+            passing = any(isinstance(each, Passing) for each in causes(error))
+            return {"error": told(error) or str(error), "passing": passing}
         except OSError as error:
             if error.errno not in FULL:
                 raise
             full = f"{job.config.run_dir}: {error.strerror}"
-            return {"error": f"{full}; make room, and the same command continues"}
+            full += "; make room, and the same command continues"
+            return {"error": full, "passing": True}
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):  # raised, so that no other worker waits for this one
                 peak = peak_memory_gb(ray.train.torch.get_device())

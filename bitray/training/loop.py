@@ -16,7 +16,7 @@ from bitray.models.losses import LossModel, Metrics, Term
 from bitray.nn.curricula import set_saliency, set_sparsity, track_columns, update_columns
 from bitray.nn.linear import set_strength
 from bitray.optim import Norms, Reports, clip_grad_norm, set_learning_rates
-from bitray.settings import UserError
+from bitray.settings import Passing, UserError
 from bitray.training.goodput import PRODUCTIVE, Clock
 from bitray.training.metrics import Sink, write_all
 from bitray.training.parallel import (
@@ -298,7 +298,7 @@ class Loop:
         self._compare(reduced[len(names) :])
         if counts.pop("problem"):
             told = next(filter(None, all_gather_objects(problem)))
-            raise UserError(f"{self.stage}, step {self.position.step}: {told}")
+            raise Passing(f"{self.stage}, step {self.position.step}: {told}")
         if not any(counts[name] for name in weights):
             raise UserError(
                 f"{self.stage}, step {self.position.step}: not one token to learn from in the "
