@@ -8,9 +8,11 @@ from ray.tune import Callback
 
 from bitray import storage
 from bitray.pipeline.config import Config
+from bitray.pipeline.plan import needed
 from bitray.pipeline.report import Table
 from bitray.tuning.searcher import Found
-from bitray.tuning.trial import trained, trial_name
+from bitray.tuning.stages import trained
+from bitray.tuning.trial import sampled, trial_name
 
 HOUR = 3600.0
 Spans = dict[str, list[list[float]]]
@@ -63,7 +65,8 @@ def cost_table(config: Config, trials: Iterable[Found], spans: Spans) -> Table:
     kind, _ = devices(config)
     by_end: dict[str, list[tuple[float | None, float]]] = {}
     for each in trials:
-        held = devices(config.override(each.overrides))[1]
+        run = sampled(config, each.overrides)
+        held = devices(run)[1] if run else 0.0
         by_end.setdefault(each.status, []).append((seconds(spans, each), held))
     ended = {trial_name(each.overrides) for each in trials}
     for name in spans.keys() - ended:

@@ -16,8 +16,10 @@ from bitray.tuning.cost import Spans, cost_table, read_spans, seconds
 from bitray.tuning.parameter import labels
 from bitray.tuning.searcher import AxSearcher, Found
 from bitray.tuning.space import SearchSpace
-from bitray.tuning.trial import evaluated, trial_config, trial_name
+from bitray.tuning.trial import history, trial_name
 
+COMMON = "common"
+"""Of a sweep's folder: the run of what its trials have in common."""
 ATTEMPTS = "attempts.json"
 """Of a sweep's folder: when its trials held their workers."""
 
@@ -68,8 +70,7 @@ class Sweep:
 
     def curve(self, found: Found) -> list[tuple[int, float]]:
         """Tokens and held-out loss at every evaluation of a trial."""
-        base = storage.join(self.folder, "common")
-        told = evaluated(trial_config(self.config, base, found.overrides))
+        told = history(self.config, storage.join(self.folder, COMMON), found.overrides)
         return [(each["tokens"], each["loss"]) for each in told]
 
 

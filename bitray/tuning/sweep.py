@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import signal
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,8 @@ import ray
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
-from bitray import storage
+from bitray import lease, storage
+from bitray.pipeline.cluster import coming
 from bitray.pipeline.config import Config
 from bitray.pipeline.folders import lasting, located
 from bitray.pipeline.groups import Scaling
@@ -30,10 +32,11 @@ from bitray.pipeline.session import ray_session
 from bitray.settings import UserError
 from bitray.tuning.cost import Clock
 from bitray.tuning.live import Watch
-from bitray.tuning.report import ATTEMPTS, write_report
-from bitray.tuning.searcher import AxSearcher
+from bitray.tuning.report import ATTEMPTS, COMMON, write_report
+from bitray.tuning.searcher import AxSearcher, Found
 from bitray.tuning.space import SearchSpace
-from bitray.tuning.trial import clean, evaluated, lengths, trained, trial, trial_config
+from bitray.tuning.stages import before, lengths, trained
+from bitray.tuning.trial import clean, history, sampled, trial
 
 SPACE = "space.yaml"
 """Of a sweep's folder: what it searches, with the words of the command line."""
@@ -49,24 +52,28 @@ def sweep(space: SearchSpace, name: str) -> str:
     """Try all points of a sweep that were not tried yet. Returns its summary."""
     config = located(space.config())
     folder = storage.join(config.output_dir, config.experiment or name)
-    claim(space, config, folder)
-    searcher = AxSearcher(space, file=storage.join(folder, "searcher.json"))
-    searcher.hand_out_again()
-    before = searcher.ended()
-    left = space.num_trials - len({each.index for each in before})
-    storage.write_text(storage.join(folder, SPACE), space.dump())
-    with ray_session():
-        if left > 0:
-            base = common(config, folder)
-            clock, watch = Clock(storage.join(folder, ATTEMPTS)), Watch(searcher, before)
-            try:
-                _search(_tuner(searcher, config, base, left, [clock, watch]))
-            finally:
-                watch.close()
-            if not space.keep_checkpoints:
-                for each in searcher.ended():
-                    clean(trial_config(config, base, each.overrides))
+    with lease.held(folder):
+        claim(space, config, folder)
+        searcher = AxSearcher(space, file=storage.join(folder, "searcher.json"))
+        searcher.hand_out_again()
+        known = searcher.ended()
+        storage.write_text(storage.join(folder, SPACE), space.dump())
+        if space.num_trials > len(known):
+            with ray_session():
+                _try(searcher, config, folder, known)
+        for each in searcher.ended() if not space.keep_checkpoints else ():
+            clean(storage.join(folder, COMMON), each.overrides)
         return write_report(folder, space, config, searcher)
+
+
+def _try(searcher: AxSearcher, config: Config, folder: str, known: Sequence[Found]) -> None:
+    """The trials beside those that are known."""
+    base, left = common(config, folder), searcher.space.num_trials - len(known)
+    clock, watch = Clock(storage.join(folder, ATTEMPTS)), Watch(searcher, known)
+    try:
+        _search(_tuner(searcher, config, base, left, [clock, watch]))
+    finally:
+        watch.close()
 
 
 def claim(space: SearchSpace, config: Config, folder: str) -> None:
@@ -116,17 +123,15 @@ def outline(space: SearchSpace) -> str:
 def common(config: Config, folder: str) -> str:
     """Run the stages that trials do not vary, with all data prepared; the folder of that run.
     `KeyboardInterrupt` if it was stopped."""
-    first = trained(config)[0]
-    names = list(config.stages)
-    before = names[: names.index(first)]
-    steps = {f"stages.{name}.max_steps": 0 for name in names if name not in before}
+    shared = before(config)
+    steps = {f"stages.{name}.max_steps": 0 for name in config.stages if name not in shared}
     place = {
         "output_dir": folder,
-        "experiment": "common",
+        "experiment": COMMON,
         "data.prepared_dir": prepared_root(config),
     }
     base = config.override({**place, **steps})
-    if not before:
+    if not shared:
         prepare_only(base)
     elif run(base).stopped:
         raise KeyboardInterrupt
@@ -165,7 +170,7 @@ def _tuner(
             name="tune",
             storage_path=base.rpartition("/")[0],
             failure_config=tune.FailureConfig(max_failures=RETRIES),
-            callbacks=[*callbacks, Cleaner(config, base, space.keep_checkpoints)],
+            callbacks=[*callbacks, Cleaner(base, space.keep_checkpoints)],
             verbose=0,
         ),
     )
@@ -175,19 +180,19 @@ class Cleaner(tune.Callback):
     """Deletes checkpoints of trials that ended. The workers of one that was stopped may write yet
     another, so those that ended before are looked at again."""
 
-    def __init__(self, config: Config, base: str, keep: bool) -> None:
-        self.config, self.base, self.keep = config, base, keep
+    def __init__(self, base: str, keep: bool) -> None:
+        self.base, self.keep = base, keep
         self.ended: list[dict[str, Any]] = []
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self.ended.append(trial.config)
         for sample in self.ended if not self.keep else ():
-            clean(trial_config(self.config, self.base, sample))
+            clean(self.base, sample)
 
 
 def scheduler_of(searcher: AxSearcher, config: Config, base: str) -> TrialScheduler:
     """Early stopping by what all trials have told, those of a driver that is gone included."""
-    how, total = searcher.space.scheduler, sum(lengths(config).values())
+    how = searcher.space.scheduler
     if how.type == "none":
         return FIFOScheduler()
     asha: Any = AsyncHyperBandScheduler(
@@ -199,11 +204,11 @@ def scheduler_of(searcher: AxSearcher, config: Config, base: str) -> TrialSchedu
         reduction_factor=how.reduction_factor,
     )
     for each in searcher.ended():
-        before = SimpleNamespace(trial_id=f"ended-{each.index}")
-        asha.on_trial_add(None, before)
-        for told in evaluated(trial_config(config, base, each.overrides)):
+        gone = SimpleNamespace(trial_id=f"ended-{each.index}")
+        asha.on_trial_add(None, gone)
+        for told in history(config, base, each.overrides):
             if math.isfinite(told["loss"]):
-                asha.on_trial_result(None, before, told)
+                asha.on_trial_result(None, gone, told)
     return asha
 
 

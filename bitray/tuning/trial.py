@@ -17,8 +17,9 @@ from bitray.pipeline.evaluations import CONVERTED, EVALUATIONS, read_evaluations
 from bitray.pipeline.material import pin, pinned
 from bitray.pipeline.report import read_metrics
 from bitray.pipeline.run import run
-from bitray.settings import UserError
+from bitray.settings import Passing, UserError
 from bitray.training.loop import mean_loss
+from bitray.tuning.stages import lengths, trained
 
 POLL_SECONDS = 0.5
 MEMORY = "out of memory"
@@ -26,15 +27,24 @@ PATIENCE_S = 3 * lease.STALE_S
 """How long a trial that is tried again waits for the lease of its run."""
 
 
+def sampled(config: Config, overrides: Mapping[str, Any]) -> Config | None:
+    """A run with a sample; None where it refuses settings together that are each legal, so that no
+    such trial ever began."""
+    try:
+        return config.override(overrides)
+    except UserError:
+        return None
+
+
 def trial_config(config: Config, base: str, overrides: Mapping[str, Any]) -> Config:
     """The configuration of a trial: in a folder of its own beside `base`, named by its sample, so
     that the same sample finds what it has done before; stages that none varies are those of `base`.
     For W&B the sweep is a group."""
-    sweep = base.rpartition("/")[0]
+    folder, _, name = trial_folder(base, overrides).rpartition("/")
     place = {
-        "output_dir": storage.join(sweep, "trials"),
-        "experiment": trial_name(overrides),
-        "logging.wandb.group": sweep.rpartition("/")[2],
+        "output_dir": folder,
+        "experiment": name,
+        "logging.wandb.group": base.split("/")[-2],
         "logging.wandb.tags": trained(config),
         **{f"stages.{n}.shared_run": base for n in config.stages if n not in trained(config)},
     }
@@ -46,21 +56,30 @@ def trial_name(overrides: Mapping[str, Any]) -> str:
     return digest(dict(overrides))[:12]
 
 
+def trial_folder(base: str, overrides: Mapping[str, Any]) -> str:
+    """Where a trial writes."""
+    return storage.join(base.rpartition("/")[0], "trials", trial_name(overrides))
+
+
 def trial(sample: dict[str, Any], config: Config, base: str) -> None:
     """What Tune runs. `base` is the run that holds what all trials have in common.
 
-    A run that diverges or does not fit in memory is reported as `abandoned`, for it would do so
-    again; any other failure is raised, and Tune tries again where the run stood.
+    A run that diverges, does not fit in memory or refuses its settings is reported as `abandoned`,
+    for it would do so again; any other failure is raised, and Tune tries again where the run stood.
     """
-    config = trial_config(config, base, sample)
+    last: dict[str, Any] = {"progress": 0.0, "tokens": 0}
+    try:
+        config = trial_config(config, base, sample)
+    except UserError as error:
+        _abandon(last, error)
+        return
     share(config, base)
     errors: list[BaseException] = []
     thread = threading.Thread(target=_run, args=(config, errors), name="run", daemon=True)
     thread.start()
-    last: dict[str, Any] = {"progress": 0.0, "tokens": 0}
     for told in follow(config, thread):
         if not math.isfinite(told["loss"]):
-            tune.report({**last, "loss": math.nan, "abandoned": "the held-out loss is not finite"})
+            _abandon(last, "the held-out loss is not finite")
             return
         last = told
         if told["progress"] < 1:
@@ -70,15 +89,22 @@ def trial(sample: dict[str, Any], config: Config, base: str) -> None:
         reason = _hopeless(errors[0])
         if reason is None:
             raise errors[0]
-        tune.report({**last, "loss": math.nan, "abandoned": reason})
+        _abandon(last, reason)
         return
     tune.report(last)
 
 
-def clean(config: Config) -> None:
+def _abandon(last: Mapping[str, Any], reason: object) -> None:
+    told = str(reason).partition("\n")[0]
+    tune.report({**last, "loss": math.nan, "abandoned": told})
+
+
+def clean(base: str, overrides: Mapping[str, Any]) -> None:
     """Delete a trial's checkpoints; what trials have in common lies elsewhere, and stays."""
-    for stage in trained(config):
-        storage.remove(storage.join(config.run_dir, f"{stage}_checkpoint"))
+    folder = trial_folder(base, overrides)
+    for stage in storage.list_dirs(folder) if storage.exists(folder) else ():
+        if stage.endswith("_checkpoint"):
+            storage.remove(stage)
 
 
 def _run(config: Config, errors: list[BaseException]) -> None:
@@ -99,13 +125,13 @@ def _run(config: Config, errors: list[BaseException]) -> None:
             return
 
 
-def _hopeless(error: BaseException) -> str | None:
+def _hopeless(error: BaseException) -> BaseException | None:
     """Why the same settings would fail again; None if they may not."""
     for each in causes(error):
-        if isinstance(each, lease.Held | lease.TakenOver):
-            return None
-        if isinstance(each, UserError) or MEMORY in str(each).lower():
-            return str(each).splitlines()[0]
+        if MEMORY in str(each).lower():
+            return each
+        if isinstance(each, UserError):
+            return None if isinstance(each, Passing) else each
     return None
 
 
@@ -123,20 +149,6 @@ def share(config: Config, base: str) -> None:
             storage.write_json(here, storage.read_json(there))  # where the next stage's rows begin
 
 
-def trained(config: Config) -> list[str]:
-    """Stages that trials train: all that take steps and are not dense."""
-    return [name for name, stage in config.stages.items() if stage.total_steps and not stage.dense]
-
-
-def lengths(config: Config) -> dict[str, int]:
-    """Tokens of every stage that trials train."""
-    return {
-        name: stage.total_steps * stage.rows_per_step * stage.max_seq_length
-        for name in trained(config)
-        for stage in [config.stages[name]]
-    }
-
-
 def follow(config: Config, thread: threading.Thread) -> Iterator[dict[str, Any]]:
     """Held-out evaluations of a run while it goes on, as results for Tune."""
     seen = 0
@@ -148,6 +160,13 @@ def follow(config: Config, thread: threading.Thread) -> Iterator[dict[str, Any]]
         if not alive:
             return
         thread.join(POLL_SECONDS)
+
+
+def history(config: Config, base: str, overrides: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Outcomes at the evaluations of a trial of a sweep."""
+    if sampled(config, overrides) is None:
+        return []
+    return evaluated(trial_config(config, base, overrides))
 
 
 def evaluated(config: Config, seen: int = 0) -> list[dict[str, Any]]:
