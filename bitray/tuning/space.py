@@ -160,7 +160,7 @@ class SearchSpace(Composed):
     def overrides(self, point: Mapping[str, Any]) -> dict[str, Any]:
         """Settings of the run, by path, for a point in Ax's names and scales."""
         found: dict[str, Any] = {}
-        for path, parameter in self._parents_first():
+        for path, parameter in self.parents_first():
             if not self.active(path, found):
                 continue
             if parameter.kind == "fixed":
@@ -209,7 +209,9 @@ class SearchSpace(Composed):
         """All that a parameter has in Ax."""
         return {self.name(path, state) for state in self.states(path)}
 
-    def _parents_first(self) -> Iterator[tuple[str, Parameter]]:
+    def parents_first(self) -> Iterator[tuple[str, Parameter]]:
+        """All parameters, each after those that it depends on."""
+
         def rank(path: str) -> tuple[bool, int]:
             return self.parameters[path].derived is not None, len(self._above(path))
 

@@ -111,7 +111,7 @@ def outline(space: SearchSpace) -> str:
 
     client_of(space)  # Ax has to take it
     config = space.config()
-    tokens = sum(lengths(config).values())
+    tokens = longest(space, config)
     lines = [
         f"{space.num_trials} trials, {space.sobol_trials} of them spread evenly, of up to "
         f"{tokens:,} tokens each ({tokens * space.num_trials:,} in all)",
@@ -195,6 +195,7 @@ def scheduler_of(searcher: AxSearcher, config: Config, base: str) -> TrialSchedu
     how = searcher.space.scheduler
     if how.type == "none":
         return FIFOScheduler()
+    total = longest(searcher.space, config)
     asha: Any = AsyncHyperBandScheduler(
         time_attr="tokens",
         metric="loss",
@@ -210,6 +211,26 @@ def scheduler_of(searcher: AxSearcher, config: Config, base: str) -> TrialSchedu
             if math.isfinite(told["loss"]):
                 asha.on_trial_result(None, gone, told)
     return asha
+
+
+def longest(space: SearchSpace, config: Config) -> int:
+    """Tokens of the longest trial: they grow, or not, with each setting by itself."""
+
+    def tokens(said: Mapping[str, Any]) -> int:
+        run = sampled(config, said)
+        return -1 if run is None else sum(lengths(run).values())
+
+    said: dict[str, Any] = {}
+    for path, parameter in space.parents_first():
+        found = [
+            {**said, **state, path: value}
+            for state in space.states(path)
+            for value in parameter.tried()
+        ]
+        if parameter.condition or max(map(tokens, found), default=-1) < 0:
+            found.append(said)  # as it is without
+        said = max(found, key=tokens)
+    return tokens(said)
 
 
 def room(config: Config) -> int:
