@@ -234,14 +234,19 @@ def longest(space: SearchSpace, config: Config) -> int:
 
 
 def room(config: Config) -> int:
-    """Trials that the cluster holds beside each other; `UserError` if it holds none."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
+    """Trials that the cluster holds beside each other, with what an autoscaler may bring;
+    `UserError` if it holds none."""
+    nodes, most = [node["Resources"] for node in ray.nodes() if node["Alive"]], coming()
+    cpus, gpus = (
+        max(sum(node.get(kind, 0.0) for node in nodes), most.get(kind, 0.0))
+        for kind in ("CPU", "GPU")
+    )
     found = []
     for name in trained(config):
         how, (cpus_of_one, gpus_of_one) = config.scaling_of(name), needed(config, name)
         found.append(cpus / cpus_of_one)
-        found.append(sum(_workers(node, how) for node in nodes) / how.fewest)
+        workers = max(sum(_workers(node, how) for node in nodes), _workers(most, how))
+        found.append(workers / how.fewest)
         if gpus_of_one:
             found.append(gpus / gpus_of_one)
     if min(found) < 1:

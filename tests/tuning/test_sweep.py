@@ -12,12 +12,24 @@ import yaml
 from bitray import Config, checkpoint, lease, storage
 from bitray.pipeline.folders import StageFolder, original, predecessor
 from bitray.pipeline.report import read_metrics
-from bitray.settings import UserError
+from bitray.retries import StorageGone
+from bitray.settings import Passing, UserError
 from bitray.tuning import AxSearcher, SearchSpace
+from bitray.tuning import sweep as sweep_module
 from bitray.tuning import trial as trial_module
+from bitray.tuning.cost import cost_table
 from bitray.tuning.space import METRICS
-from bitray.tuning.sweep import claim, room, scheduler_of
-from bitray.tuning.trial import evaluated, lengths, outcome, share, trial_config
+from bitray.tuning.stages import lengths
+from bitray.tuning.sweep import claim, longest, room, scheduler_of, sweep
+from bitray.tuning.trial import (
+    clean,
+    evaluated,
+    history,
+    outcome,
+    share,
+    trial_config,
+    trial_name,
+)
 
 WORDS = [
     "stages.stage1_9.max_steps=10", "stages.stage1_9.lambda_warmup.warmup_steps=5",
@@ -49,9 +61,10 @@ def test_metrics_of_a_trial_on_its_way(tmp_path: Path) -> None:
     tokens = 10 * row + 10 * row
     assert told["loss"] == 2.5 and told["loss_drop"] == 3.0
     assert (told["tokens"], told["steps"]) == (tokens, 20)
-    assert told["seconds"] == pytest.approx(tokens / 200) and told["peak_memory_gb"] == 3.0
-    assert told["tokens_per_second_per_gb"] == pytest.approx(200 / 3)
-    assert told["loss_drop_per_second_per_gb"] == pytest.approx(3 / (tokens / 200) / 3)
+    assert told["seconds"] == 160 and told["peak_memory_gb"] == 3.0
+    assert told["tokens_per_second"] == tokens / 160
+    assert told["tokens_per_second_per_gb"] == pytest.approx(tokens / 160 / 3)
+    assert told["loss_drop_per_second_per_gb"] == pytest.approx(3 / 160 / 3)
     assert told["progress"] == pytest.approx(2 / 3)
     assert outcome(config, LINES[:1] + LINES[:1])["progress"] == pytest.approx(1 / 3)
     assert set(told) == {*METRICS, "progress"}
@@ -75,8 +88,66 @@ def test_a_trial_waits_for_a_writer_that_was_lost(
     monkeypatch.setattr(trial_module, "PATIENCE_S", 0.0)
     trial_module._run(config, errors)
     [error] = errors
-    assert isinstance(error, lease.Held) and trial_module._hopeless(error) is None
-    assert trial_module._hopeless(UserError("lr: too high")) == "lr: too high"
+    assert isinstance(error, lease.Held)
+
+
+@pytest.mark.parametrize(
+    ("error", "hopeless"),
+    [
+        (UserError("lr: too high"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("connection reset"), False),
+        (lease.Held("another driver"), False),
+        (StorageGone("s3://b: does not answer"), False),
+        (Passing("the workers failed more than 3 times"), False),
+    ],
+)
+def test_what_is_no_fault_of_the_settings_is_tried_again(error: Exception, hopeless: bool) -> None:
+    wrapped = RuntimeError("of Ray")
+    wrapped.__cause__ = error
+    for each in (error, wrapped):
+        assert trial_module._hopeless(each) is (error if hopeless else None)
+
+
+STEPS, WARMUP = "stages.stage2.max_steps", "stages.stage2.lambda_warmup.warmup_steps"
+ILLEGAL = {STEPS: 5, WARMUP: 15}
+"""Each is legal for itself."""
+
+
+def test_a_point_that_the_run_refuses_ends_nothing_but_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, base, told = config_at(tmp_path), str(tmp_path / "sweep" / "common"), []
+    monkeypatch.setattr(trial_module.tune, "report", told.append)
+    trial_module.trial(ILLEGAL, config, base)
+    [last] = told
+    assert "15 is longer than the stage (5 steps)" in last["abandoned"]
+    space = space_of(
+        parameters={STEPS: {"int": [5, 20]}, WARMUP: {"int": [1, 15]}}, start=[ILLEGAL]
+    )
+    searcher = AxSearcher(space, ahead=0)
+    while (sample := searcher.suggest("t")) is None:
+        searcher.settle()
+    searcher.on_trial_complete("t", {**last, "config": sample})
+    [found] = searcher.ended()
+    assert found.status == "abandoned" and found.overrides == ILLEGAL
+    assert scheduler_of(searcher, config, base)
+    assert history(config, base, ILLEGAL) == []
+    spans = {trial_name(ILLEGAL): [[0.0, 3600.0]]}
+    rows = {row[0]: row[1:] for row in cost_table(config, [found], spans).rows}
+    assert rows["abandoned"] == ["1", "1", "0"], "it never had a worker"
+    clean(base, ILLEGAL)
+
+
+def test_checkpoints_of_a_trial_go_and_nothing_else(tmp_path: Path) -> None:
+    base, sample = tmp_path / "sweep" / "common", {"stages.stage2.optimizer.lr": 1e-3}
+    run = Path(trial_config(config_at(tmp_path), str(base), sample).run_dir)
+    for folder, stage in ((run, "stage1_9"), (run, "stage2"), (base, "stage1")):
+        complete(folder, stage)
+    storage.write_text(str(run / "metrics.jsonl"), "")
+    clean(str(base), sample)
+    assert [path.name for path in run.iterdir()] == ["metrics.jsonl"]
+    assert StageFolder(str(base), "stage1").complete
 
 
 def test_half_a_line_is_not_read(tmp_path: Path) -> None:
@@ -163,6 +234,35 @@ def test_early_stopping_remembers_the_trials_of_a_driver_that_is_gone(tmp_path: 
 
 
 @pytest.mark.parametrize(
+    ("parameters", "steps", "rows"),
+    [
+        ({"gradient_accumulation_steps": {"int": [1, 8]}}, 20, 4 * 8),
+        ({"max_steps": {"ordered": [5, 10, 20]}, "batch_size": {"choice": [2, 8]}}, 20, 8 * 2),
+        ({"max_steps": {"fixed": 5}}, 5, 8),
+        ({"optimizer.lr": {"uniform": [1e-3, 1e-2]}}, 20, 8),
+    ],
+)
+def test_the_longest_trial_of_a_space(
+    tmp_path: Path, parameters: dict, steps: int, rows: int
+) -> None:
+    """Nobody is stopped for being longer than a trial with the settings of the run."""
+    config = config_at(tmp_path)
+    named = {f"stages.stage2.{path}": each for path, each in parameters.items()}
+    space = space_of(parameters={WARMUP: {"int": [1, 5]}, **named})
+    expected = 256 * (10 * 8 + steps * rows)
+    assert longest(space, config) == expected
+    asha = scheduler_of(AxSearcher(space, ahead=0), config, str(tmp_path / "sweep" / "common"))
+    assert asha._max_t == expected
+
+
+def test_a_sweep_has_one_driver(tmp_path: Path) -> None:
+    space = space_of(run={"output_dir": str(tmp_path), "experiment": "mine"})
+    with lease.held(str(tmp_path / "mine")), pytest.raises(lease.Held, match="being written by"):
+        sweep(space, "mine")
+    assert not (tmp_path / "mine" / "sweep.json").exists()
+
+
+@pytest.mark.parametrize(
     ("nodes", "words", "expected"),
     [
         ([{"CPU": 1}] * 3, ["scaling.cpus_per_worker=0.5"], 3),
@@ -182,11 +282,20 @@ def test_as_many_trials_as_nodes_hold(
         "nodes",
         lambda: [{"Alive": True, "Resources": {k: float(v) for k, v in n.items()}} for n in nodes],
     )
+    monkeypatch.setattr(sweep_module, "coming", dict)
     words = ["scaling.num_workers=1", *words]
     assert room(Config.load(overrides=[*WORDS, *words])) == expected
 
 
+def test_what_an_autoscaler_may_bring_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config.load(overrides=[*WORDS, "scaling.use_gpu=true", "scaling.num_workers=2"])
+    monkeypatch.setattr(ray, "nodes", list)
+    monkeypatch.setattr(sweep_module, "coming", lambda: {"CPU": 64.0, "GPU": 8.0})
+    assert room(config) == 4
+
+
 def test_no_room_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_module, "coming", dict)
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 0.5}}])
     with pytest.raises(UserError, match="does not hold the workers of a single trial"):
         room(Config.load(overrides=WORDS))
