@@ -16,13 +16,8 @@ from pydantic import Field, model_validator
 from bitray.pipeline.config import Config
 from bitray.settings import Composed, Settings, Tree, UserError, listed, nearest
 from bitray.tuning.linear import Linear, at_most_zero, linear
-from bitray.tuning.parameter import (
-    Parameter,
-    decoded,
-    encoded,
-    holds,
-    name_of,
-)
+from bitray.tuning.parameter import Parameter, decoded, encoded, holds, name_of
+from bitray.tuning.stages import ends_early, idle, trained
 
 METRICS = {
     "loss": "held-out cross-entropy at strength 1 after the last stage, mean over domains, in nats",
@@ -228,6 +223,23 @@ class SearchSpace(Composed):
             found.append(path)
         return found
 
+    def size(self) -> float:
+        """How many points there are, whatever constraints forbid; without end in an interval."""
+        known = self.searched()
+
+        def below(path: str, value: Any) -> Iterator[str]:
+            for child, each in known.items():
+                if each.condition and each.condition[0] == path and value in each.condition[1]:
+                    yield child
+
+        def points(path: str) -> float:
+            parameter = known[path]
+            if parameter.bounds:
+                return parameter.int[1] - parameter.int[0] + 1 if parameter.int else math.inf
+            return sum(math.prod(map(points, below(path, each))) for each in parameter.values)
+
+        return math.prod(points(path) for path, each in known.items() if not each.when)
+
     def inequalities(self) -> list[tuple[dict[str, float], float]]:
         """Constraints as `sum(coefficient * x) <= bound`, in paths and in the scales of Ax."""
         return [self._inequality(text) for text in self.constraints]
@@ -379,6 +391,10 @@ class SearchSpace(Composed):
             found.append(
                 f"sobol_trials: {self.sobol_trials} is more than num_trials {self.num_trials}"
             )
+        if self.size() < self.num_trials:
+            found.append(
+                f"num_trials: {self.num_trials} is more than the {self.size()} points of the space"
+            )
         if max(first, dimensions) > self.num_trials:
             said = (
                 f"{first} points to start from"
@@ -400,6 +416,8 @@ class SearchSpace(Composed):
 
     def against(self, config: Config) -> list[str]:
         """What is wrong with the space for this run: paths, types, bounds, metrics, points."""
+        if not trained(config):
+            return ["run: no stage trains a ternary model, so there is nothing to search"]
         metrics = [f"objectives.{name}" for name in self.objectives]
         for n, text in enumerate(self.outcome_constraints):
             metrics += [f"outcome_constraints.{n}.{name}" for name in at_most_zero(text).terms]
@@ -409,6 +427,7 @@ class SearchSpace(Composed):
             for where in metrics
             if (name := where.rsplit(".", 1)[-1]) not in METRICS
         ]
+        found += ends_early(config)
         for path in self.parameters:
             found += self._told(path, config)
         if not found:
@@ -417,7 +436,7 @@ class SearchSpace(Composed):
 
     def _told(self, path: str, config: Config) -> list[str]:
         """The first mistake that the run's configuration finds in a parameter."""
-        missing = _missing_entry(config, path)
+        missing = _missing_entry(config, path) or idle(path, config)
         if missing:
             return [f"{missing}{self._line(path)}"]
         parameter = self.parameters[path]
@@ -427,9 +446,11 @@ class SearchSpace(Composed):
         for state in self.states(path):
             for value in values:
                 try:
-                    config.override({**state, path: value})
+                    run = config.override({**state, path: value})
                 except UserError as error:
                     return [f"{error}{self._line(path)}"]
+                if early := ends_early(run):
+                    return early
         return []
 
     def _line(self, path: str) -> str:

@@ -218,6 +218,51 @@ BAD = {
         {"parameters": {"stages.stage2.max_steps": {"int": [10, 100]}}},
         r"100 is more than budget.stage2, 50 steps",
     ),
+    "more trials than points": (
+        {
+            "parameters": {
+                f"{SALIENCY}.enabled": {"choice": [False, True]},
+                f"{SALIENCY}.initial_k": {
+                    "ordered": [0.05, 0.1],
+                    "when": {f"{SALIENCY}.enabled": True},
+                },
+                "stages.stage2.batch_size": {"int": [1, 2]},
+            },
+            "num_trials": 12,
+        },
+        r"num_trials: 12 is more than the 6 points of the space",
+    ),
+    "a run without training": (
+        {
+            "run": {"groups": {"model": "demo", "data": "embedded", "training": "stage1_subln"}},
+            "budget": {},
+        },
+        r"run: no stage trains a ternary model",
+    ),
+    "a stage that trials share": (
+        {"parameters": {"stages.stage0.optimizer.lr": {"uniform": [1e-3, 1e-2]}}},
+        r"stage0\.optimizer\.lr: no trial trains this stage; they train stage1_9, stage2",
+    ),
+    "a model that trials share": (
+        {"parameters": {"model.quantization.subln": {"choice": ["paper", "none"]}}},
+        r"model\.quantization\.subln: all trials share the model of stage stage1",
+    ),
+    "a setting that is not of the trial": (
+        {"parameters": {"logging.wandb.group": {"choice": ["a", "b"]}}},
+        r"logging\.wandb\.group: it changes nothing that a trial reports",
+    ),
+    "two kinds of early stopping": (
+        {"run": {"stages": {"stage2": {"early_stopping": {"enabled": True}}}}},
+        r"stage2\.early_stopping\.enabled: trials end early by the sweep's scheduler alone",
+    ),
+    "early stopping as a choice": (
+        {"parameters": {"training.early_stopping.enabled": {"choice": [False, True]}}},
+        r"early_stopping\.enabled: trials end early by the sweep's scheduler alone",
+    ),
+    "a group without a choice": (
+        {"run": {"groups": "demo"}},
+        r"groups: 'demo' chooses nothing; write groups: \{GROUP: NAME\}",
+    ),
     "a budget of no stage": ({"budget": {"stage9": {"steps": 5}}}, r"no such stage"),
     "a condition on no parameter": (
         {"parameters": {LR: {"uniform": [1e-3, 1e-2], "when": {LR19: 1}}}, "constraints": []},
