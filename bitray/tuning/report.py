@@ -63,10 +63,18 @@ class Sweep:
         """Objectives that any trial reported."""
         return [o for o in self.space.objectives if any(o in each.metrics for each in self.trials)]
 
+    def best_name(self, found: Found) -> str:
+        """What a trial of the front is called."""
+        return "best" if len(self.space.objectives) == 1 else f"best_{found.index}"
+
     def best_file(self, found: Found) -> str:
         """Where the configuration of a trial of the front lies."""
-        suffix = "" if len(self.space.objectives) == 1 else f"_{found.index}"
-        return storage.join(self.folder, f"best{suffix}.yaml")
+        return storage.join(self.folder, f"{self.best_name(found)}.yaml")
+
+    def best(self, found: Found) -> str:
+        """The configuration of a trial of the front, as a run in a folder beside the sweep's."""
+        experiment = f"{self.name}_{self.best_name(found)}"
+        return self.config.override({**found.overrides, "experiment": experiment}).dump()
 
     def curve(self, found: Found) -> list[tuple[int, float]]:
         """Tokens and held-out loss at every evaluation of a trial."""
@@ -80,7 +88,7 @@ def write_report(folder: str, space: SearchSpace, config: Config, searcher: AxSe
     for each in sweep.trials:  # an earlier front may have been another one
         storage.remove(sweep.best_file(each))
     for each in sweep.front:
-        storage.write_text(sweep.best_file(each), config.override(each.overrides).dump())
+        storage.write_text(sweep.best_file(each), sweep.best(each))
     told = summary(sweep)
     tables = tables_of(sweep)
     storage.write_text(storage.join(folder, "report.md"), markdown(sweep.name, told, tables))
@@ -193,7 +201,7 @@ def _parts(sweep: Sweep, told: Sequence[str], tables: Mapping[str, Table]) -> li
     parts = [f"<ul>{lines}</ul>", section("Pictures", pictures(*_pictures(sweep)), *_wide(sweep))]
     parts += [section(title, table.html()) for title, table in tables.items()]
     for each in sweep.front:
-        text = html.escape(sweep.config.override(each.overrides).dump())
+        text = html.escape(sweep.best(each))
         title = f"Configuration of trial {each.index}"
         parts.append(section(title, f"<details><summary>YAML</summary><pre>{text}</pre></details>"))
     return parts

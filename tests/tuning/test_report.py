@@ -73,6 +73,7 @@ def test_the_best_configuration_is_ready_to_run(tmp_path: Path) -> None:
     best = Config.load(str(tmp_path / "best.yaml"))
     assert best.stages["stage2"].optimizer.lr == samples[2][LR]
     assert best.stages["stage2"].max_steps == 30
+    assert best.experiment == f"{tmp_path.name}_best", "neither the sweep's folder nor the demo's"
     lines = (tmp_path / "report.md").read_text().splitlines()
     for n, sample in enumerate(samples):
         [row] = [line.split() for line in lines if line.endswith(trial_name(sample))]
