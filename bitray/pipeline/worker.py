@@ -46,7 +46,13 @@ from bitray.training.goodput import Clock, Ledger
 from bitray.training.influence import Influence
 from bitray.training.loop import Every, Loop, autocast_for, mean_loss, seed_of
 from bitray.training.metrics import Sink, close_all
-from bitray.training.parallel import from_rank_zero, on_rank_zero, parallelize, world
+from bitray.training.parallel import (
+    all_gather_objects,
+    from_rank_zero,
+    on_rank_zero,
+    parallelize,
+    world,
+)
 from bitray.training.state import Position
 from bitray.training.teacher import Teacher, open_teacher
 from bitray.training.teacher_settings import Actors, Server
@@ -400,7 +406,8 @@ class Stage:
         """Held-out losses into metrics and position."""
         position = loop.position
         found = {f"eval/{domain}_loss": loss for domain, loss in losses.items()}
-        loop.write({**found, "train/peak_memory_gb": peak_memory_gb(self.device)})
+        found["train/peak_memory_gb"] = max(all_gather_objects(peak_memory_gb(self.device)))
+        loop.write({**found, "train/seconds": self.clock.training()})
         better = position.best is None or mean_loss(losses) < position.best
         if better and (loop.at_end or self.checkpoints.possible(loop)):
             position.best = mean_loss(losses)

@@ -17,6 +17,8 @@ from bitray.training.metrics import Metrics
 T = TypeVar("T")
 FILE = "goodput.json"
 PRODUCTIVE, LOST = "productive", "lost_steps"
+TRAINING = (PRODUCTIVE, "data_wait", "influence")
+"""What steps take, and what decides what they learn from."""
 CAUSES = (
     PRODUCTIVE, "start", "restart", LOST, "data_wait", "checkpoint", "evaluation", "influence",
     "other",
@@ -75,6 +77,11 @@ class Clock:
         self.seconds[PRODUCTIVE] -= held["unsaved"]
         self.seconds[LOST] += held["unsaved"]
         self.seconds["restart" if held["running"] else "start"] += max(0.0, began - held["until"])
+
+    def training(self) -> float:
+        """Seconds of training so far, without start-up, evaluation and checkpoints."""
+        self.settle()
+        return sum(self.seconds[cause] for cause in TRAINING)
 
     def shares(self) -> dict[str, float]:
         """Share of each cause; they sum to 1."""

@@ -24,7 +24,7 @@ METRICS = {
     "loss_drop": "nats by which training lowers the loss of the model rounded without any",
     "tokens": "tokens trained on, over all stages of the trial",
     "steps": "optimizer steps, over all stages of the trial",
-    "seconds": "seconds of training, start-up excluded",
+    "seconds": "seconds of steps, data and influence; not of start-up, evaluation and checkpoints",
     "tokens_per_second": "tokens over seconds",
     "peak_memory_gb": "most memory that a worker took",
     "tokens_per_second_per_gb": "tokens_per_second over peak_memory_gb",

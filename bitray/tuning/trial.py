@@ -1,7 +1,6 @@
 """A trial: a run of the real pipeline with a sample of the space, told to Tune as it goes."""
 
 import math
-import statistics
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -187,11 +186,9 @@ def outcome(config: Config, found: list[dict[str, Any]]) -> dict[str, Any]:
         tokens += most * done // stage.total_steps
         if name == last["stage"]:
             break
-    rates = [e["train/tokens_per_second"] for e in found if "train/tokens_per_second" in e]
-    memory = [e["train/peak_memory_gb"] for e in found if "train/peak_memory_gb" in e]
-    rate = statistics.median(rates) if rates else math.nan
-    loss, seconds, peak = mean_loss(_losses(last)), tokens / rate, max(memory, default=math.nan)
-    drop = untrained_loss(config) - loss
+    peak = max(each["train/peak_memory_gb"] for each in found if _losses(each))
+    loss, seconds = mean_loss(_losses(last)), last["train/seconds"]
+    drop, rate = untrained_loss(config) - loss, tokens / seconds
     return {
         "loss": loss,
         "loss_drop": drop,

@@ -54,7 +54,8 @@ def swept(folder: Path, **said: object) -> list[dict]:
             {"stage": "stage1_9", "step": 10, "eval/a_loss": 4.0, "eval/b_loss": 6.0},
             {"stage": "stage2", "step": 15, "eval/a_loss": loss if n < 4 else "nan"},
         ]
-        text = "".join(json.dumps(line) + "\n" for line in lines[: 2 if n != 3 else 1])
+        cost = {"train/seconds": 60.0, "train/peak_memory_gb": 1.0}
+        text = "".join(json.dumps(line | cost) + "\n" for line in lines[: 2 if n != 3 else 1])
         storage.write_text(f"{run_dir}/metrics.jsonl", text)
         storage.write_json(f"{run_dir}/evaluations.json", {"stage1": {"a": 7.0, "b": 7.0}})
     spans[trial_name(samples[4])].append([3000.0, 3720.0])

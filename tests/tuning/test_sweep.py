@@ -36,10 +36,11 @@ WORDS = [
     "stages.stage2.max_steps=20",
 ]  # fmt: skip
 LINES = [
-    {"stage": "stage1_9", "step": 10, "eval/a_loss": 4.0, "train/peak_memory_gb": 3.0},
+    {"stage": "stage1_9", "step": 10, "eval/a_loss": 4.0, "train/peak_memory_gb": 3.0,
+     "train/seconds": 100.0},
     {"stage": "stage2", "step": 4, "train/tokens_per_second": 100.0},
-    {"stage": "stage2", "step": 8, "train/tokens_per_second": 300.0},
-    {"stage": "stage2", "step": 10, "eval/a_loss": 2.0, "eval/b_loss": 3.0},
+    {"stage": "stage2", "step": 10, "eval/a_loss": 2.0, "eval/b_loss": 3.0,
+     "train/peak_memory_gb": 2.0, "train/seconds": 160.0},
 ]  # fmt: skip
 
 
@@ -219,7 +220,7 @@ def test_early_stopping_remembers_the_trials_of_a_driver_that_is_gone(tmp_path: 
             searcher.settle()
         run = trial_config(config, base, sample).run_dir
         storage.write_json(f"{run}/evaluations.json", {"stage1": {"a": 6.0}})
-        lines = [{"stage": "stage1_9", "step": 10, "eval/a_loss": 4.0 + n}]
+        lines = [LINES[0] | {"eval/a_loss": 4.0 + n}]
         storage.write_text(f"{run}/metrics.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
         [told] = evaluated(trial_config(config, base, sample))
         searcher.on_trial_complete(f"t{n}", {**told, "config": sample})
