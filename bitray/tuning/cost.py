@@ -54,9 +54,10 @@ def seconds(spans: Spans, found: Found) -> float | None:
 
 def devices(config: Config) -> tuple[str, float]:
     """What a trial occupies: `GPU` or `worker`, and how many of them at most."""
-    scalings = [config.scaling_of(name) for name in trained(config)]
-    gpus = max(each.most * each.gpus_per_worker if each.use_gpu else 0.0 for each in scalings)
-    return ("GPU", gpus) if gpus else ("worker", float(max(each.most for each in scalings)))
+    stages = trained(config)
+    gpus = max(needed(config, name)[1] for name in stages)
+    workers = max(config.scaling_of(name).most for name in stages)
+    return ("GPU", gpus) if gpus else ("worker", float(workers))
 
 
 def cost_table(config: Config, trials: Iterable[Found], spans: Spans) -> Table:

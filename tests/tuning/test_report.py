@@ -221,6 +221,15 @@ def test_the_best_so_far_by_hand(tmp_path: Path) -> None:
         (["scaling=single_gpu"], "GPU", 1),
         (["scaling=fsdp_multi", "stages.stage1_9.scaling.num_workers=1"], "GPU", 4),
         (["scaling=single_gpu", "scaling.gpus_per_worker=0.25"], "GPU", 0.25),
+        (
+            [
+                "scaling=single_gpu",
+                "model.teacher={type: actors, count: 2, gpus: 0.5}",
+                "stages.stage1_9.objectives.hidden_distill=null",
+            ],
+            "GPU",
+            2,
+        ),
     ],
 )
 def test_hours_by_hand(words: list[str], kind: str, held: float) -> None:
