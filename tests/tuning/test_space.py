@@ -63,6 +63,30 @@ def test_every_space_loads_and_its_points_are_runs(path: Path) -> None:
         assert space.overrides(space.point(start)) == pytest.approx(start)
 
 
+def test_optimizers_differ_in_what_they_are_asked_alone() -> None:
+    """Setting a type resets the others' settings: no weight decay has to be said of all. Each has
+    parameters of its own, and the baseline without a teacher is a run."""
+    space = SearchSpace.load(str(next(p for p in SPACES if p.stem == "optimizers")))
+    config, kind = space.config(), "stages.stage2.optimizer.type"
+    for name in space.parameters[kind].values:
+        own = [
+            path
+            for path, each in space.parameters.items()
+            if each.condition and name in each.condition[1]
+        ]
+        said = space.parameters["stages.stage2.optimizer.weight_decay"].fixed
+        run = config.override({kind: name, "stages.stage2.optimizer.weight_decay": said})
+        assert own and run.stages["stage2"].optimizer.weight_decay == 0
+    plain = config.override({"stages.stage2.objectives.logits_distill.weight": 0})
+    assert config.stages["stage2"].needs_teacher and not plain.stages["stage2"].needs_teacher
+
+
+def test_stage_2_does_not_decay_weights() -> None:
+    space = SearchSpace.load(str(next(p for p in SPACES if p.stem == "stage1_9_stage2")))
+    optimizer = space.config().stages["stage2"].optimizer
+    assert (optimizer.type, optimizer.weight_decay) == ("muon", 0)
+
+
 def test_there_are_spaces() -> None:
     assert len(SPACES) >= 6
 
