@@ -27,6 +27,11 @@ def main(arguments: Arguments) -> None:
             )
         print(sweep.analyze(arguments.analyze_only))
         return
+    if arguments.config:
+        raise UserError(
+            f"--config {arguments.config}: what trials share stands under run in the file of the "
+            "space; put it there, or say it in words"
+        )
     path, *words = arguments.words or [""]
     space = SearchSpace.load(path or None, words)
     if arguments.dry_run:

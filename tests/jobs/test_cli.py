@@ -60,6 +60,11 @@ def test_what_only_writes_a_report_takes_nothing_else(command: Command, here: Pa
     assert "there is no sweep" in said and "searcher.json is missing" in said
 
 
+def test_a_sweep_takes_its_settings_from_its_space(command: Command) -> None:
+    said = command("tune", "space.yaml", "--config", "mine.yaml").sentence()
+    assert said.startswith("--config mine.yaml: what trials share stands under run")
+
+
 # ---------------------------------------------------------------------------------------- dry run
 
 
