@@ -357,7 +357,6 @@ class Composed(Settings):
         return cls.layer(path, *parse_yaml(text, path))
 
     @classmethod
-<<<<<<< HEAD
     def layer(cls, origin: str, tree: Tree, lines: dict[Path_, int]) -> Layer:
         """What a document says, its `groups` apart."""
         values = {name: value for name, value in tree.items() if name != "groups"}
@@ -369,23 +368,6 @@ class Composed(Settings):
             return Layer(origin, values, None, lines, (problem,))
         named = {cls.aliases.get(str(key), str(key)): name for key, name in groups.items()}
         return Layer(origin, values, named, lines)
-=======
-    def _layer(cls, text: str, origin: str) -> Layer:
-        return cls.layer(*parse_yaml(text, origin), origin)
-
-    @classmethod
-    def layer(cls, tree: Tree, lines: dict[Path_, int], origin: str) -> Layer:
-        """What a document says, and which groups it chooses."""
-        groups = tree.get("groups")
-        if not isinstance(groups, dict | None):
-            raise UserError(
-                f"groups: {groups!r} chooses nothing; write groups: {{GROUP: NAME}} ({origin})"
-            )
-        if groups is not None:
-            groups = {cls.aliases.get(group, group): name for group, name in groups.items()}
-        values = {key: value for key, value in tree.items() if key != "groups"}
-        return Layer(origin, values, groups, lines)
->>>>>>> d4bb5b9 (Groups that choose nothing are told in a sentence)
 
     @classmethod
     def _named(cls, path: str) -> str:

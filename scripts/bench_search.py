@@ -8,6 +8,8 @@ interpolated. ASHA runs on the surface, in virtual time, some trials beside each
 
     python scripts/bench_search.py [--trials 60] [--seeds 5] [--functions branin surface] [--whole]
     python scripts/bench_search.py --asha [--trials 60] [--seeds 20]
+
+One table, or with `--json` the figures of all seeds; how it gets on is told on stderr.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import heapq
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -141,9 +144,10 @@ def points(name: str, trials: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).uniform(low, high, (trials, len(low)))
 
 
-def compare(name: str, said: argparse.Namespace) -> None:
-    """Print what each searcher needs for random search's best of so many trials."""
-    needed: dict[str, list[float]] = {"Ax": [], "TPE": []}
+def compare(name: str, said: argparse.Namespace) -> dict[str, Any]:
+    """What each searcher needs for random search's best of so many trials (None: more of them),
+    and the best that each came to, by seed."""
+    needed: dict[str, list[int | None]] = {"Ax": [], "TPE": []}
     ends: dict[str, list[float]] = {"random": [], "Ax": [], "TPE": []}
     for seed in range(said.seeds):
         chance = [function(name)[0](x) for x in points(name, said.trials, seed)]
@@ -154,17 +158,24 @@ def compare(name: str, said: argparse.Namespace) -> None:
                 values.append(value)
                 if value <= min(chance) and not said.whole:
                     break
-            first = next((n + 1 for n, v in enumerate(values) if v <= min(chance)), math.inf)
+            first = next((n + 1 for n, v in enumerate(values) if v <= min(chance)), None)
             needed[who].append(first)
             ends[who].append(min(values))
             print(f"{name} seed {seed}: random {min(chance):.4f} after {said.trials}; {who} as "
                   f"good after {first}, {min(values):.4f} after {len(values)} "
-                  f"({time.monotonic() - began:.0f} s)", flush=True)  # fmt: skip
-    for who, found in needed.items():
-        print(f"{name}: {who} needs {statistics.median(found):g} of {said.trials} trials, median")
-    if said.whole:
-        best = ", ".join(f"{who} {statistics.median(v):.4f}" for who, v in ends.items())
-        print(f"{name}: best after {said.trials} trials, median: {best}")
+                  f"({time.monotonic() - began:.0f} s)", file=sys.stderr)  # fmt: skip
+    return {"function": name, "trials": said.trials, "needed": needed, "best": ends}
+
+
+def table(found: dict[str, Any], whole: bool) -> None:
+    """Print the medians of a comparison."""
+    name, trials = found["function"], found["trials"]
+    for who, counts in found["needed"].items():
+        median = statistics.median(math.inf if each is None else each for each in counts)
+        print(f"{name}: {who} needs {median:g} of {trials} trials, median")
+    if whole:
+        best = ", ".join(f"{who} {statistics.median(v):.4f}" for who, v in found["best"].items())
+        print(f"{name}: best after {trials} trials, median: {best}")
 
 
 # ------------------------------------------------------------------------------------------ ASHA
@@ -203,8 +214,9 @@ def by_asha(xs: np.ndarray, grace: float, factor: float) -> tuple[float, int]:
     return best, spent
 
 
-def stopping(said: argparse.Namespace) -> None:
-    """Print best and cost of the same random trials with ASHA and without."""
+def stopping(said: argparse.Namespace) -> dict[str, Any]:
+    """What ASHA costs, as a share of the same random trials without it, and by how much its best is
+    worse; by seed."""
     ratios, losses = [], []
     for seed in range(said.seeds):
         xs = points("surface", said.trials, seed)
@@ -212,11 +224,18 @@ def stopping(said: argparse.Namespace) -> None:
         best, spent = by_asha(xs, said.grace, said.factor)
         ratios.append(spent / (said.trials * surface().tokens[-1]))
         losses.append(best - whole)
-        print(f"seed {seed}: best {whole:.4f} at full cost, {best:.4f} at {ratios[-1]:.2f} of it")
-    within = sum(each <= surface().noise for each in losses)
-    print(f"ASHA: {statistics.median(ratios):.2f} of the cost, {statistics.median(losses):+.4f} "
-          f"nats, medians; within the noise of {surface().noise} in {within} of {said.seeds}"
-          )  # fmt: skip
+        print(f"seed {seed}: best {whole:.4f} at full cost, {best:.4f} at {ratios[-1]:.2f} of it",
+              file=sys.stderr)  # fmt: skip
+    return {"cost": ratios, "worse": losses, "noise": surface().noise}
+
+
+def table_of_stopping(found: dict[str, Any]) -> None:
+    """Print the medians."""
+    worse, noise = found["worse"], found["noise"]
+    within = sum(each <= noise for each in worse)
+    cost, lost = statistics.median(found["cost"]), statistics.median(worse)
+    print(f"ASHA: {cost:.2f} of the cost, {lost:+.4f} nats, medians; within the noise of {noise} "
+          f"in {within} of {len(worse)}")  # fmt: skip
 
 
 def main() -> None:
@@ -230,12 +249,14 @@ def main() -> None:
     parser.add_argument("--asha", action="store_true", help="early stopping instead")
     parser.add_argument("--grace", type=float, default=0.25)
     parser.add_argument("--factor", type=float, default=3.0)
+    parser.add_argument("--json", action="store_true", help="JSON instead of the table")
     said = parser.parse_args()
-    if said.asha:
-        stopping(said)
+    found = [stopping(said)] if said.asha else [compare(name, said) for name in said.functions]
+    if said.json:
+        print(json.dumps(found))
         return
-    for name in said.functions:
-        compare(name, said)
+    for each in found:
+        table_of_stopping(each) if said.asha else table(each, said.whole)
 
 
 if __name__ == "__main__":

@@ -113,12 +113,8 @@ class SearchSpace(Composed):
             if path[0] == "run" and path[1:]
         }
         origin = self._layers[0].origin if self._layers else "the search space"
-<<<<<<< HEAD
         file, said = Config.layer(origin, self.run, lines), Config.spoken(self._words)
         base = Config.compose([file, said])
-=======
-        base = Config.compose([Config.layer(self.run, lines, origin)])
->>>>>>> d4bb5b9 (Groups that choose nothing are told in a sentence)
         found = [
             f"budget.{name}: the run has no such stage{nearest(name, base.stages)}; "
             f"it has: {', '.join(base.stages)}"
