@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from bitray.pipeline.config import Config
 from bitray.settings import Composed, Settings, Tree, UserError, listed, nearest
 from bitray.tuning.linear import Linear, at_most_zero, linear
-from bitray.tuning.parameter import Parameter, decoded, encoded, holds, name_of
+from bitray.tuning.parameter import Number, Parameter, decoded, encoded, holds, name_of
 from bitray.tuning.stages import ends_early, idle, trained
 
 METRICS = {
@@ -223,7 +223,7 @@ class SearchSpace(Composed):
             found.append(path)
         return found
 
-    def size(self) -> float:
+    def size(self) -> Number:
         """How many points there are, whatever constraints forbid; without end in an interval."""
         known = self.searched()
 
@@ -232,7 +232,7 @@ class SearchSpace(Composed):
                 if each.condition and each.condition[0] == path and value in each.condition[1]:
                     yield child
 
-        def points(path: str) -> float:
+        def points(path: str) -> Number:
             parameter = known[path]
             if parameter.bounds:
                 return parameter.int[1] - parameter.int[0] + 1 if parameter.int else math.inf

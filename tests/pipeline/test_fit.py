@@ -10,10 +10,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from ray.train import ControllerError, WorkerGroupError
 
+from bitray import Config
 from bitray.pipeline import fit as fit_module
 from bitray.pipeline import worker
 from bitray.pipeline.groups import Scaling
 from bitray.pipeline.saving import Rewind
+from bitray.pipeline.worker import Job
 from bitray.retries import StorageGone
 from bitray.settings import Passing, UserError
 
@@ -39,7 +41,9 @@ def test_what_ends_a_run(
         return SimpleNamespace(return_value=failed)
 
     monkeypatch.setattr(fit_module, "_trainer", lambda *_: SimpleNamespace(fit=train))
-    job: Any = SimpleNamespace(config=SimpleNamespace(run_dir=str(tmp_path)))
+    job = object.__new__(Job)  # of which a failure asks for the folder alone
+    config = Config.load(overrides=[f"output_dir={tmp_path}", "experiment=run"])
+    object.__setattr__(job, "config", config)
     with pytest.raises(UserError, match=told) as caught:
         fit_module.fit(job, Scaling())
     assert type(caught.value) is kind
