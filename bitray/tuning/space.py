@@ -296,7 +296,7 @@ class SearchSpace(Composed):
         for n, text in enumerate(self.constraints):
             found += [f"constraints.{n}: {problem}" for problem in _refused(self._inequality, text)]
         if not found:
-            found += [*self._twins(), *self._region_problems()]
+            found += [*self._twins(), *self._region_problems(), *self._count_problems()]
         return [*found, *self._outcome_problems(), *self._size_problems()]
 
     def _parameter_problems(self, path: str) -> list[str]:
@@ -342,6 +342,13 @@ class SearchSpace(Composed):
         if self.constraints and self.extremes(Linear({}, {}, 0.0)) is None:
             return ["constraints: no point of the space satisfies all of them"]
         return []
+
+    def _count_problems(self) -> list[str]:
+        """Ax would look for a further point without end."""
+        size = self.size() if self.searched() else math.inf
+        if size >= self.num_trials:
+            return []
+        return [f"num_trials: {self.num_trials} is more than the {size} points of the space"]
 
     def extremes(self, of: Linear) -> tuple[float, float] | None:
         """Least and largest value of an expression where all constraints hold; None: nowhere. Rates
@@ -390,10 +397,6 @@ class SearchSpace(Composed):
         if self.sobol_trials > self.num_trials:
             found.append(
                 f"sobol_trials: {self.sobol_trials} is more than num_trials {self.num_trials}"
-            )
-        if self.size() < self.num_trials:
-            found.append(
-                f"num_trials: {self.num_trials} is more than the {self.size()} points of the space"
             )
         if max(first, dimensions) > self.num_trials:
             said = (

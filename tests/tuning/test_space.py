@@ -178,6 +178,7 @@ def test_what_is_derived_of_a_rate_lies_between_its_ends() -> None:
     assert space.overrides({"x__rate": -2.0, "x__share": 0.25})["x.rest"] == pytest.approx(0.73)
 
 
+RATE = {LR: {"loguniform": [1e-3, 8e-3]}}
 BAD = {
     "a path with a typo": (
         {"parameters": {"stages.stage2.optimzer.lr": {"uniform": [1e-3, 2e-3]}}},
@@ -200,7 +201,7 @@ BAD = {
         r"batch_size.*integer",
     ),
     "a choice that is not legal": (
-        {"parameters": {"stages.stage2.optimizer.type": {"choice": ["adamw", "moun"]}}},
+        {"parameters": {**RATE, "stages.stage2.optimizer.type": {"choice": ["adamw", "moun"]}}},
         r"'moun' is not one of .*nearest: 'muon'",
     ),
     "two kinds": ({"parameters": {LR: {"uniform": [1, 2], "int": [1, 2]}}}, r"uniform and int"),
@@ -268,11 +269,11 @@ BAD = {
         r"stage0\.optimizer\.lr: no trial trains this stage; they train stage1_9, stage2",
     ),
     "a model that trials share": (
-        {"parameters": {"model.quantization.subln": {"choice": ["paper", "none"]}}},
+        {"parameters": {**RATE, "model.quantization.subln": {"choice": ["paper", "none"]}}},
         r"model\.quantization\.subln: all trials share the model of stage stage1",
     ),
     "a setting that is not of the trial": (
-        {"parameters": {"logging.wandb.group": {"choice": ["a", "b"]}}},
+        {"parameters": {**RATE, "logging.wandb.group": {"choice": ["a", "b"]}}},
         r"logging\.wandb\.group: it changes nothing that a trial reports",
     ),
     "two kinds of early stopping": (
@@ -280,7 +281,7 @@ BAD = {
         r"stage2\.early_stopping\.enabled: trials end early by the sweep's scheduler alone",
     ),
     "early stopping as a choice": (
-        {"parameters": {"training.early_stopping.enabled": {"choice": [False, True]}}},
+        {"parameters": {**RATE, "training.early_stopping.enabled": {"choice": [False, True]}}},
         r"early_stopping\.enabled: trials end early by the sweep's scheduler alone",
     ),
     "a group without a choice": (
