@@ -59,8 +59,9 @@ def test_every_space_loads_and_its_points_are_runs(path: Path) -> None:
         said = space.overrides(point)
         if min(v for v in said.values() if not isinstance(v, str)) >= 0:  # no derived below 0
             config.override(said)
+    fixed = {path: each.fixed for path, each in space.parameters.items() if each.kind == "fixed"}
     for start in space.start:
-        assert space.overrides(space.point(start)) == pytest.approx(start)
+        assert space.overrides(space.point(start)) == pytest.approx({**fixed, **start})
 
 
 def test_optimizers_differ_in_what_they_are_asked_alone() -> None:
@@ -281,7 +282,7 @@ BAD = {
         r"stage2\.early_stopping\.enabled: trials end early by the sweep's scheduler alone",
     ),
     "early stopping as a choice": (
-        {"parameters": {**RATE, "training.early_stopping.enabled": {"choice": [False, True]}}},
+        {"parameters": {**RATE, "stages.stage2.early_stopping.enabled": {"choice": [False, True]}}},
         r"early_stopping\.enabled: trials end early by the sweep's scheduler alone",
     ),
     "a group without a choice": (
