@@ -287,7 +287,7 @@ BAD = {
     ),
     "a group without a choice": (
         {"run": {"groups": "demo"}},
-        r"groups: 'demo' chooses nothing; write groups: \{GROUP: NAME\}",
+        r"groups \(.*\): takes choices by name, \{model: demo\}, not 'demo'",
     ),
     "a budget of no stage": ({"budget": {"stage9": {"steps": 5}}}, r"no such stage"),
     "a condition on no parameter": (
