@@ -388,5 +388,5 @@ def _check(stage: StageMixture, state: Mapping[str, Any]) -> None:
             raise UserError(
                 f"resume: {what} was {state[name]} when the checkpoint was written and is {now} "
                 f"now{why}; restore it, or start the data afresh with "
-                "resume.load_data_state=false"
+                "training.resume.load_data_state=false"
             )

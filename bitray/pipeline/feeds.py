@@ -23,9 +23,11 @@ class Feeds:
         config: Config,
         stages: Sequence[str],
         streams: Mapping[str, TicketStream],
+        epoch: int,
         shard_of: Callable[[str], DataIterator] = ray.train.get_dataset_shard,
     ) -> None:
-        self.config, self.streams, self.shard_of = config, streams, shard_of
+        self.config, self.streams = config, streams
+        self.epoch, self.shard_of = epoch, shard_of
         self.names = [name for name in stages if name in streams]
         self._opened: dict[str, Prefetched] = {}
 
@@ -45,7 +47,7 @@ class Feeds:
         """The step that a stage goes on from; None if it is complete."""
         if StageFolder(self.config.run_dir, stage).complete:
             return None
-        state = data_state(self.config, stage)
+        state = data_state(self.config, stage, self.epoch)
         return state["step"] if state else 0
 
     def _open(self, stage: str, step: int) -> Prefetched:

@@ -143,7 +143,9 @@ def _trainer(job: Job, scaling: Scaling) -> TorchTrainer:
             failure_config=FailureConfig(**limits),
         ),
         datasets={
-            name: ticket_dataset(job.streams[name], partial(data_state, job.config, name))
+            name: ticket_dataset(
+                job.streams[name], partial(data_state, job.config, name, job.claim.epoch)
+            )
             for name in job.stages
             if name in job.streams
         },

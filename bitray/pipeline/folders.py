@@ -8,6 +8,7 @@ from typing import Any
 from bitray import checkpoint, storage
 from bitray.pipeline.config import Config
 from bitray.settings import UserError
+from bitray.training.settings import Resume
 
 UPLOADED = "working_dir_files"
 """Folder of a Ray session in which jobs run that were submitted with their working directory."""
@@ -106,8 +107,33 @@ def resume_point(config: Config, stage: str, told: checkpoint.Told = checkpoint.
     """The checkpoint inside the stage that it continues from: its own newest whole one, else the
     one that was named (or that RESUME_CHECKPOINT names), else None; of newer ones `told`."""
     own = checkpoint.newest_complete(StageFolder(config.run_dir, stage).root, told)
+    return own or _named_inside(config, stage)
+
+
+def passed_over(config: Config, stage: str, found: str | None) -> str | None:
+    """What to say where a stage continues from `found`, and not from the one that was named."""
+    named = _named_inside(config, stage)
+    if named is None or found is None or storage.absolute(named) == storage.absolute(found):
+        return None
+    return (
+        f"has checkpoints of its own and goes on from them, not from {named}, which was named; "
+        "another experiment=NAME would begin there"
+    )
+
+
+def taken_over(config: Config, stage: str, found: str, epoch: int) -> Resume:
+    """What to take over of a checkpoint that a stage continues from: what its settings say, but all
+    of one that was written in this attempt at the run, which is an epoch of its lease."""
+    own = found.startswith(StageFolder(config.run_dir, stage).root)
+    if own and checkpoint.load_state(found).get("epoch") == epoch:
+        return Resume()
+    return config.stages[stage].resume
+
+
+def _named_inside(config: Config, stage: str) -> str | None:
+    """The checkpoint that was named, if it is one of this very stage."""
     named = named_checkpoint(config, stage)
-    return own or (named if named and stage_of(named) == stage else None)
+    return named if named and stage_of(named) == stage else None
 
 
 def named_checkpoint(config: Config, stage: str) -> str | None:

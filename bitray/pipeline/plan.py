@@ -30,7 +30,13 @@ from bitray.objectives import AttentionDistill, HiddenDistill
 from bitray.pipeline.cluster import coming, reserved_cpus
 from bitray.pipeline.config import Config
 from bitray.pipeline.cost import Expected, duration, money
-from bitray.pipeline.folders import located, named_checkpoint, stage_folder
+from bitray.pipeline.folders import (
+    located,
+    named_checkpoint,
+    passed_over,
+    resume_point,
+    stage_folder,
+)
 from bitray.pipeline.material import inputs_on_hub
 from bitray.pipeline.remix import schedule_of_mixture
 from bitray.pipeline.report import Table
@@ -391,10 +397,18 @@ def plan(config: Config) -> str:
         *elsewhere,
         *remixes,
         *filter(None, (idle_turns(config, name) for name in config.stages)),
+        *_passed_over(config),
         "",
         "nothing was trained (--dry-run)",
     ]
     return "\n".join(lines)
+
+
+def _passed_over(config: Config) -> list[str]:
+    """A line for every stage that will not begin with the checkpoint that was named for it."""
+    pending = [name for name in config.stages if not stage_folder(config, name).complete]
+    said = {name: passed_over(config, name, resume_point(config, name)) for name in pending}
+    return [f"note      {name} {why}" for name, why in said.items() if why]
 
 
 def _elsewhere(config: Config) -> list[str]:
@@ -492,8 +506,7 @@ def _assumed_rate(
 
 
 def _resume_point(config: Config, name: str) -> str:
-    folder = stage_folder(config, name)
-    if folder.complete:
+    if stage_folder(config, name).complete:
         return "complete"
-    newest = checkpoint.newest_complete(folder.root)
-    return newest.rpartition("/")[2] if newest else "the beginning"
+    found = resume_point(config, name)
+    return found.rstrip("/").rpartition("/")[2] if found else "the beginning"

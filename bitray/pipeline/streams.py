@@ -14,7 +14,7 @@ from bitray.data.plan import SourceSize
 from bitray.data.stream import TicketStream
 from bitray.data.tickets import least_lead
 from bitray.pipeline.config import Config
-from bitray.pipeline.folders import resume_point, skipped_by_name
+from bitray.pipeline.folders import resume_point, skipped_by_name, taken_over
 from bitray.pipeline.groups import RowKind
 from bitray.retries import patient
 from bitray.settings import UserError
@@ -119,11 +119,11 @@ def streams(
     }
 
 
-def data_state(config: Config, stage: str) -> dict[str, Any] | None:
-    """Where a stage's data is to continue; asked at every start of the workers."""
+def data_state(config: Config, stage: str, epoch: int) -> dict[str, Any] | None:
+    """Where a stage's data is to continue; asked at every start of the workers of an epoch."""
     with patient(config.resume.storage_patience):
         found = resume_point(config, stage)
-        if found is None or not config.stages[stage].resume.load_data_state:
+        if found is None or not taken_over(config, stage, found, epoch).continues_data:
             return None
         held: dict[str, Any] | None = checkpoint.load_state(found)["data"]
         return held

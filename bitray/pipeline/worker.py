@@ -31,7 +31,13 @@ from bitray.pipeline.console import Say, speaking
 from bitray.pipeline.evaluations import HeldOut, batches_of
 from bitray.pipeline.faults import OUT_OF_MEMORY, Hung, account, is_out_of_memory
 from bitray.pipeline.feeds import Feeds
-from bitray.pipeline.folders import StageFolder, resume_point, teacher_of
+from bitray.pipeline.folders import (
+    StageFolder,
+    passed_over,
+    resume_point,
+    taken_over,
+    teacher_of,
+)
 from bitray.pipeline.groups import RowKind, Scaling
 from bitray.pipeline.remix import few_updates, remixing
 from bitray.pipeline.remote_teacher import RemoteTeacher, pool, served
@@ -87,7 +93,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
     if from_rank_zero(partial(storage.exists, uri)):
         return {"out_of_memory": storage.read_json(uri)}
     clock = Clock()
-    feeds = Feeds(job.config, job.stages, job.streams)
+    feeds = Feeds(job.config, job.stages, job.streams, job.claim.epoch)
     with speaking(job.lines) as say, patient(job.config.resume.storage_patience):
         try:
             ledger = on_rank_zero(partial(Ledger, job.config.run_dir, clock))
@@ -230,7 +236,9 @@ class Stage:
             lambda: resume_point(self.config, self.name, self.checkpoints.pass_over)
         )
         if found:
-            position, data = state.resume(found, model, optimizer, settings.resume)
+            epoch = self.job.claim.epoch
+            flags = from_rank_zero(partial(taken_over, self.config, self.name, found, epoch))
+            position, data = state.resume(found, model, optimizer, flags, self.say)
         begins = partial(
             self.checkpoints.note,
             "resume", step=position.step, directory=found, data_step=data["step"] if data else 0,
@@ -312,7 +320,11 @@ class Stage:
         if total:
             begins = f"continues from {found}" if found else "begins"
             self.say(f"{self.name:<9} {begins}, step {position.step}/{total}, {world()[1]} workers")
-            notices = self.settings.schedule.notice(total), few_updates(self.config, self.name)
+            notices = (
+                passed_over(self.config, self.name, found),
+                self.settings.schedule.notice(total),
+                few_updates(self.config, self.name),
+            )
             for notice in filter(None, notices):
                 self.say(f"{self.name:<9} {notice}")
         run_id = digest([self.config.run_dir, self.job.fingerprint])[:16]  # the same after restarts

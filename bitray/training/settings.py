@@ -39,16 +39,23 @@ class TorchCompile(Settings):
 
 
 class Resume(Settings):
-    """What is taken over from a checkpoint, and from which one."""
+    """What is taken over from a checkpoint, and from which one. Workers that start again within an
+    attempt at a run take over everything of what was written in it."""
 
     checkpoint_path: str | None = None
-    """Start from this checkpoint; else from the newest complete one of the stage itself."""
+    """Start from this checkpoint; a stage that has one of its own already goes on from that."""
     load_optimizer_state: bool = True
     load_scheduler_state: bool = True
     """The position in the schedules, which is the step counter's own place in them."""
     load_training_state: bool = True
+    """Without it the stage begins at its first step, and its data with it."""
     load_data_state: bool = True
     strict_model_load: bool = True
+
+    @property
+    def continues_data(self) -> bool:
+        """Whether data go on where the checkpoint stands."""
+        return self.load_training_state and self.load_data_state
 
 
 class InfluenceSettings(Settings):

@@ -1,6 +1,6 @@
 """What a stage is at a step, and how it goes into a checkpoint and comes out again."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from bitray.models.losses import LossModel
 from bitray.nn.curricula import column_ranges, load_column_ranges
 from bitray.optim import Norms
 from bitray.settings import UserError
+from bitray.training.parallel import world
 from bitray.training.plateau import Plateau
 from bitray.training.settings import Resume
 
@@ -86,27 +87,37 @@ def save(
     checkpoint.save(directory, tensors_of(model, optimizer), state, files)
 
 
-def load_model(directory: str, model: LossModel, strict: bool = True) -> None:
-    """Take over the weights of a checkpoint; every worker calls it."""
+def load_model(
+    directory: str, model: LossModel, strict: bool = True, say: Callable[[str], None] = print
+) -> None:
+    """Take over the weights of a checkpoint; every worker calls it, and the first one says what is
+    left out."""
     tensors = tensors_of(model, None)
     if not strict:
-        tensors = _common(directory, tensors)
+        tensors = _common(directory, tensors, say)
     checkpoint.load_tensors(directory, tensors, strict=strict)
     set_model_state_dict(model.model, tensors["model"], options=StateDictOptions(strict=strict))
 
 
-def _common(directory: str, tensors: dict[str, Any]) -> dict[str, Any]:
+def _common(directory: str, tensors: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
     """What both sides have in the same shape; the rest is named, once."""
-    held = checkpoint.keys(directory)
-    kept = {
-        name: value
-        for name, value in tensors["model"].items()
-        if tuple(held.get(f"model.{name}", ())) == tuple(value.shape) and f"model.{name}" in held
+    here = {f"model.{name}": tuple(value.shape) for name, value in tensors["model"].items()}
+    held = {name: s for name, s in checkpoint.keys(directory).items() if name.startswith("model.")}
+    both = here.keys() & held.keys()
+    left_out = {
+        "only the model has": here.keys() - both,
+        "only the checkpoint has": held.keys() - both,
+        "of another shape are": {name for name in both if here[name] != held[name]},
     }
-    left_out = sorted(set(tensors["model"]) - set(kept))
-    if left_out:
-        print(f"not loaded from {directory}: {', '.join(left_out)}")
-    return {"model": kept}
+    told = [f"{what} {_names(names)}" for what, names in left_out.items() if names]
+    if told and world()[0] == 0:
+        say(f"not loaded from {directory}: {'; '.join(told)}")
+    kept = both - left_out["of another shape are"]
+    return {"model": {n: value for n, value in tensors["model"].items() if f"model.{n}" in kept}}
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(sorted(name.removeprefix("model.") for name in names))
 
 
 def load_saliency(directory: str, model: LossModel) -> None:
@@ -137,10 +148,14 @@ def load_optimizer(directory: str, model: LossModel, optimizer: torch.optim.Opti
 
 
 def resume(
-    directory: str, model: LossModel, optimizer: torch.optim.Optimizer, flags: Resume
+    directory: str,
+    model: LossModel,
+    optimizer: torch.optim.Optimizer,
+    flags: Resume,
+    say: Callable[[str], None] = print,
 ) -> tuple[Position, dict[str, Any] | None]:
     """The position to continue from, and the state of the data or None for its beginning."""
-    load_model(directory, model, flags.strict_model_load)
+    load_model(directory, model, flags.strict_model_load, say)
     if flags.load_optimizer_state:
         load_optimizer(directory, model, optimizer)
     load_saliency(directory, model)
@@ -154,7 +169,7 @@ def resume(
         )
     if not flags.load_scheduler_state:
         position.schedule_step = 0
-    return position, held["data"] if flags.load_data_state else None
+    return position, held["data"] if flags.continues_data else None
 
 
 def as_json(position: Position, data: dict[str, Any] | None) -> dict[str, Any]:

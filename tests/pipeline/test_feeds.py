@@ -29,7 +29,7 @@ def feeding(tmp_path: Path) -> tuple[Config, Feeds, list[str]]:
         return Shard()
 
     shards: Callable[[str], Any] = shard_of
-    return config, Feeds(config, STAGES, flows_of(tmp_path), shards), opened
+    return config, Feeds(config, STAGES, flows_of(tmp_path), 1, shards), opened
 
 
 def test_the_next_stream_opens_once_the_stage_before_is_read(tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from bitray import checkpoint
 from bitray.models.batch import IGNORED, Batch
 from bitray.models.convert import to_bitnet
 from bitray.models.loading import build_model
@@ -143,6 +145,44 @@ def test_resume_flags_leave_out_what_they_say(tmp_path: Path) -> None:
     position, data = state.resume(directory, fresh.model, fresh.optimizer, flags)
     assert (position.step, position.schedule_step, data) == (8, 0, {"x": 1})
     assert fresh.optimizer.state
+
+
+def test_a_stage_that_is_resumed_at_its_first_step_has_all_of_its_data(tmp_path: Path) -> None:
+    """`load_training_state=false` alone: where the checkpoint stood in them, too few are left."""
+    directory, half = str(tmp_path), loop(settings())
+    half.hooks = [Every(5, lambda each: setattr(each, "stopped", True))]
+    half.run(tickets())
+    data = {"step": half.data_step}
+    state.save(directory, half.model, half.optimizer, state.as_json(half.position, data), {})
+    rest = loop(settings())
+    flags = Resume(load_training_state=False)
+    rest.position, held = state.resume(directory, rest.model, rest.optimizer, flags)
+    rest.data_step = held["step"] if held else 0
+    rest.run(islice(tickets(2 * rest.data_step), 2 * (8 - rest.data_step)))
+    assert rest.at_end and rest.position.step == 8
+
+
+def test_what_a_lenient_resume_leaves_out_is_said(tmp_path: Path) -> None:
+    """Another vocabulary, no third layer any more, and norms that the checkpoint does not have."""
+    said: list[str] = []
+    then = LossModel(to_bitnet(build_model({**CONFIG, "num_hidden_layers": 3}), "none"))
+    checkpoint.save(str(tmp_path), state.tensors_of(then, None), {}, {})
+    here = LossModel(to_bitnet(build_model({**CONFIG, "vocab_size": 53}), "paper"))
+    state.load_model(str(tmp_path), here, False, said.append)
+    (line,) = said
+    head, *groups = line.replace(": ", "; ", 1).split("; ")
+    assert head == f"not loaded from {tmp_path}"
+    mine, theirs, other = groups
+    assert mine.startswith("only the model has model.layers.0.mlp.down_proj.subln.weight, ")
+    assert mine.count(".subln.weight") == mine.count(",") + 1 == 4
+    assert theirs.startswith("only the checkpoint has model.layers.2.input_layernorm.weight, ")
+    assert theirs.count("model.layers.2.") == theirs.count(",") + 1 == 9
+    assert other.startswith("of another shape are ") and "model.embed_tokens.weight" in other
+    queries = [each.model.model.layers[0].self_attn.q_proj.weight for each in (then, here)]
+    assert torch.equal(*queries)
+    said.clear()
+    state.load_model(str(tmp_path), then, False, said.append)
+    assert said == []
 
 
 def test_cutting_the_batch_up_differently_changes_nothing() -> None:
