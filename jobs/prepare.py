@@ -17,9 +17,10 @@ def main(arguments: Arguments) -> None:
     config = Config.load(arguments.config, arguments.words)
     from bitray.pipeline.folders import located
     from bitray.pipeline.inspect import preview
+    from bitray.pipeline.material import at_commit
     from bitray.pipeline.run import prepare_only
 
-    config = located(config)
+    config = at_commit(located(config))
     print(prepare_only(config).text())
     if arguments.preview:
         print(preview(config, arguments.preview))

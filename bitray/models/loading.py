@@ -81,9 +81,10 @@ def _from_config(config: PretrainedConfig) -> PreTrainedModel:
     )
 
 
-def skeleton(files_dir: str | Path) -> PreTrainedModel:
-    """The module tree that a folder's `config.json` describes, its weights not yet set."""
-    config = _config(str(files_dir))
+def skeleton(files_dir: str | Path, revision: str | None = None) -> PreTrainedModel:
+    """The module tree that the `config.json` of a folder or of a revision on the Hub describes, its
+    weights not yet set."""
+    config = _config(str(files_dir), revision)
     with no_init_weights():
         model = _from_config(config)
         ours = getattr(config, "bitray", None)
@@ -98,9 +99,16 @@ def skeleton(files_dir: str | Path) -> PreTrainedModel:
     return model
 
 
-def _config(folder: str) -> PretrainedConfig:
+def commit_of(hub_id: str, revision: str | None = None) -> str:
+    """The commit that a revision of a model on the Hub is now."""
+    with local_model(hub_id):  # `UserError` where it can only be a folder that is not there
+        commit: Any = _config(hub_id, revision)._commit_hash
+        return str(commit)
+
+
+def _config(folder: str, revision: str | None = None) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, StrictDataclassError) as error:
         why = f"no usable config.json: {_reason(error)}"
         raise UserError(
@@ -147,17 +155,23 @@ def load_model(
 
 
 def load_teacher(
-    path_or_hub_id: str, dtype: torch.dtype, device: torch.device | str
+    path_or_hub_id: str,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    revision: str | None = None,
 ) -> PreTrainedModel:
     """A frozen model in evaluation mode."""
-    return load_model(path_or_hub_id, dtype=dtype).requires_grad_(False).eval().to(device)
+    model = load_model(path_or_hub_id, revision, dtype)
+    return model.requires_grad_(False).eval().to(device)
 
 
-def load_tokenizer(path_or_hub_id: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path_or_hub_id: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer that lies beside a model."""
     with local_model(path_or_hub_id) as folder:
         try:
-            return AutoTokenizer.from_pretrained(folder or path_or_hub_id, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(
+                folder or path_or_hub_id, revision=revision, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{path_or_hub_id}: no usable tokenizer: {_first_line(error)}"

@@ -29,6 +29,8 @@ class ModelSettings(Settings):
     path: str | None = None
     """Hugging Face id or folder of a pretrained model; None: built from `config` and pretrained."""
     revision: str | None = None
+    """Branch, tag or commit on the Hub; a run goes on with the commit that it is when the run
+    begins."""
     config: dict[str, Any] | None = None
     """Arguments of the transformers configuration of a model built here, with its `model_type`."""
     tokenizer: str | None = None

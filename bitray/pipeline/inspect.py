@@ -188,7 +188,7 @@ def preview(config: Config, rows: int) -> str:
     label asks for in ⟦ ⟧."""
     material = Material(config)
     folder = material.folders[max(material.kinds)]
-    manifest, tokenizer = read_manifest(folder), load_tokenizer(material.tokenizer)
+    manifest, tokenizer = read_manifest(folder), material.load_tokenizer()
     assert manifest is not None, f"{folder} was just prepared"
     shards = Shards(folder, manifest)
     lines = ["", "rows as training sees them; tokens in ⟦ ⟧ are read but not learnt"]

@@ -8,6 +8,8 @@ from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from bitray import storage
 from bitray.data import prepare
 from bitray.data.job import Job, Pinned, inputs_of, plan_job
@@ -18,9 +20,11 @@ from bitray.data.settings import DataSettings
 from bitray.data.sources import ASIDE
 from bitray.data.tokenizer import train_tokenizer
 from bitray.data.units import documents
-from bitray.models.loading import load_tokenizer
+from bitray.models.loading import commit_of, load_tokenizer
 from bitray.pipeline.config import Config
 from bitray.pipeline.groups import RowKind
+from bitray.pipeline.identity import FILE
+from bitray.settings import UserError
 from bitray.storage import FileInfo
 
 TOKENIZER_BYTES = 10_000_000
@@ -38,6 +42,31 @@ def prepared_root(config: Config) -> str:
 def named_tokenizer(config: Config) -> str | None:
     """Id or folder of the tokenizer, or None if one is to be trained on the data."""
     return config.model.tokenizer or config.model.path
+
+
+def at_commit(config: Config) -> Config:
+    """The configuration with its pretrained model at a commit, where that lies on the Hub: of the
+    revision that was said, else the one with which the run began, else the newest."""
+    model = config.model
+    if model.path is None:
+        return config
+    if not storage.exists(model.path):
+        commit = commit_of(model.path, model.revision or _commit_of_run(config))
+        return config.override({"model.revision": commit})
+    if model.revision is not None:
+        raise UserError(
+            f"model.revision: {model.revision}, but {model.path} is a folder, which has no "
+            "revisions; leave it out, or give the id of a model on the Hub"
+        )
+    return config
+
+
+def _commit_of_run(config: Config) -> str | None:
+    uri = storage.join(config.run_dir, FILE)
+    if config.resume.fresh or not storage.exists(uri):
+        return None
+    there: dict[str, str | None] = storage.read_json(uri)["settings"]["model"]
+    return there["revision"] if there["path"] == config.model.path else None
 
 
 def pinned(run_dir: str) -> dict[str, list[FileInfo]]:
@@ -101,6 +130,10 @@ class Material:
         self.kinds = sorted({RowKind.of(stage) for stage in config.stages.values()})
         self.jobs = {kind: self._job(kind) for kind in self.kinds}
 
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer itself."""
+        return load_tokenizer(self.tokenizer, self.config.model.revision_of(self.tokenizer))
+
     @property
     def folders(self) -> dict[RowKind, str]:
         """Where the rows of each kind lie."""
@@ -142,7 +175,7 @@ class Material:
 
     def _job(self, kind: RowKind) -> Job:
         data = self._data(kind)
-        job = plan_job(data, load_tokenizer(self.tokenizer), kind.length, "", self.on_hub)
+        job = plan_job(data, self.load_tokenizer(), kind.length, "", self.on_hub)
         return rooted(job, prepared_root(self.config))
 
     def _data(self, kind: RowKind) -> DataSettings:

@@ -9,7 +9,6 @@ import ray
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bitray import checkpoint
 from bitray.data.tokenizer import check_vocabulary, tokenizer_identity
 from bitray.export import can_export
 from bitray.export.huggingface import form_of
@@ -37,7 +36,7 @@ from bitray.pipeline.folders import (
     resume_point,
     stage_folder,
 )
-from bitray.pipeline.material import inputs_on_hub
+from bitray.pipeline.material import at_commit, inputs_on_hub, named_tokenizer
 from bitray.pipeline.remix import schedule_of_mixture
 from bitray.pipeline.report import Table
 from bitray.pipeline.session import ray_session
@@ -114,7 +113,7 @@ def _actors(config: Config, stage: str) -> Actors | None:
 def outline(config: Config) -> PreTrainedModel:
     """The dense model without its weights."""
     if config.model.path is not None:
-        return _outline_at(config.model.path)
+        return _outline_at(config, config.model.path)
     assert config.model.config is not None
     with torch.device("meta"):
         return build_model(config.model.config)
@@ -124,12 +123,12 @@ def teacher_outline(config: Config) -> PreTrainedModel:
     """The same of the teacher, which is the dense model where nothing else is said."""
     teacher = config.model.teacher
     path = None if isinstance(teacher, Server) else teacher.path
-    return _outline_at(path) if path else outline(config)
+    return _outline_at(config, path) if path else outline(config)
 
 
-def _outline_at(path: str) -> PreTrainedModel:
+def _outline_at(config: Config, path: str) -> PreTrainedModel:
     with local_model(path) as folder, torch.device("meta"):
-        model = skeleton(folder or path)
+        model = skeleton(folder or path, config.model.revision_of(path))
         check_weights(path)
         return model
 
@@ -141,8 +140,9 @@ def check_model(config: Config, model: PreTrainedModel, tokenizer: str | None) -
     _check_starts(config)
     most = model.config.max_position_embeddings
     found = [text for name in config.stages for text in config.too_long(name, most)]
-    mine = None if tokenizer is None else load_tokenizer(tokenizer)
-    if mine is not None:
+    mine = None
+    if tokenizer is not None:
+        mine = load_tokenizer(tokenizer, config.model.revision_of(tokenizer))
         check_vocabulary(mine, model.config.vocab_size)
         check_teacher(config, mine)
         if any(stage.needs_mask_token for stage in config.stages.values()):
@@ -258,7 +258,7 @@ def check_teacher(config: Config, mine: PreTrainedTokenizerBase) -> None:
     name = teacher.path
     if name is None:
         return
-    theirs = load_tokenizer(name)
+    theirs = load_tokenizer(name, config.model.revision_of(name))
     if tokenizer_identity(theirs) == tokenizer_identity(mine):
         return
     ids, others = mine.get_vocab(), theirs.get_vocab()
@@ -368,12 +368,12 @@ def idle_turns(config: Config, stage: str) -> str | None:
 
 def plan(config: Config) -> str:
     """What `run` would do, as text; checks everything that can be checked without training."""
-    config = located(config)
+    config = at_commit(located(config))
     elsewhere = _elsewhere(config)
     inputs_on_hub(config)
     model = outline(config)
     parameters = sum(p.numel() for p in model.parameters())
-    known = config.model.tokenizer or config.model.path
+    known = named_tokenizer(config)
     check_model(config, model, known)
     header = ("stage", "steps", "tokens", "workers", "learning rate", "memory/worker", "starts at")
     stages = expected(config, model)
@@ -383,7 +383,8 @@ def plan(config: Config) -> str:
     lines = [
         f"run       {config.run_dir}",
         f"model     {config.model.name}: {parameters:,} parameters"
-        f" ({config.model.path or 'built from its config'})",
+        f" ({config.model.path or 'built from its config'}"
+        f"{f' at {config.model.revision}' if config.model.revision else ''})",
         f"tokenizer {known or 'trained on the data'}",
         "data      "
         + ", ".join(f"{name} {share:.1%}" for name, share in config.data.shares().items()),

@@ -17,7 +17,6 @@ from bitray.data.actor import mixture_actor
 from bitray.data.manifest import Manifest, digest
 from bitray.events import FOLDER, Events
 from bitray.lease import Claim
-from bitray.models.loading import load_tokenizer
 from bitray.pipeline.batch_size import sized
 from bitray.pipeline.cli import told
 from bitray.pipeline.cluster import preflight, reserved_cpus
@@ -32,6 +31,7 @@ from bitray.pipeline.identity import claim
 from bitray.pipeline.interrupt import stoppable
 from bitray.pipeline.material import (
     Material,
+    at_commit,
     inputs_on_hub,
     named_tokenizer,
     pin,
@@ -64,7 +64,7 @@ def run(config: Config) -> Result:
     The same configuration again continues where it stopped, or says where its result lies.
     `UserError` for anything that the user can put right, as early as it can be known.
     """
-    began, config = time.time(), located(config)
+    began, config = time.time(), at_commit(located(config))
     inputs_on_hub(config)
     model = outline(config)
     check_model(config, model, named_tokenizer(config))
@@ -86,7 +86,7 @@ def _run(
     wanted = expected(config, model)  # once it is known that a probe finds its place
     material = Material(config)
     if named_tokenizer(config) is None:  # it has not been seen before
-        check_teacher(config, load_tokenizer(material.tokenizer))
+        check_teacher(config, material.load_tokenizer())
     if config.resume.fresh:
         _check_held_out(material.open())  # nothing goes for a run that cannot begin
         _clear(config.run_dir)

@@ -15,6 +15,7 @@ import torch
 from ray.exceptions import RayTaskError
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.queue import Queue
+from transformers import PreTrainedTokenizerBase
 
 from bitray import checkpoint, storage
 from bitray.data.manifest import digest, read_manifest
@@ -166,7 +167,7 @@ class Stage:
             torch.cuda.set_per_process_memory_fraction(share)  # the rest is somebody else's
             torch.set_float32_matmul_precision("high" if self.settings.tf32 else "highest")
         torch.manual_seed(seed_of(self.settings.seed, self.name))
-        tokenizer = load_tokenizer(self.job.tokenizer)
+        tokenizer = self.tokenizer()
         student = Student(
             self.config, self.name, self.shards, self.held_out, self.device, self.autocast, self.say
         )
@@ -346,14 +347,18 @@ class Stage:
         memory = {"worker/peak_memory_gb": peak_memory_gb(self.device)}
         self.own.write(self.name, 0, {**metrics, **memory})
 
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """As the driver found it."""
+        name = self.job.tokenizer
+        return load_tokenizer(name, self.config.model.revision_of(name))
+
     def teacher(self, vocabulary: int) -> Teacher | None:
         """The teacher, if any objective asks for one."""
         if not (self.settings.total_steps and self.settings.needs_teacher):
             return None
         wanted = self.config.model.teacher
         if isinstance(wanted, Server):
-            mine = load_tokenizer(self.job.tokenizer)
-            return served(wanted, mine, vocabulary, self.device)
+            return served(wanted, self.tokenizer(), vocabulary, self.device)
         path = teacher_of(self.config)
         revision = self.config.model.revision_of(path)
         if isinstance(wanted, Actors):

@@ -25,7 +25,7 @@ from bitray.pipeline.folders import lasting, located
 from bitray.pipeline.groups import Scaling
 from bitray.pipeline.identity import differences, mathematical_settings
 from bitray.pipeline.interrupt import interruptible
-from bitray.pipeline.material import prepared_root
+from bitray.pipeline.material import at_commit, prepared_root
 from bitray.pipeline.plan import needed, plan
 from bitray.pipeline.run import prepare_only, run
 from bitray.pipeline.session import ray_session
@@ -50,7 +50,7 @@ RETRIES = 2
 
 def sweep(space: SearchSpace, name: str) -> str:
     """Try all points of a sweep that were not tried yet. Returns its summary."""
-    config = located(space.config())
+    config = at_commit(located(space.config()))
     folder = storage.join(config.output_dir, config.experiment or name)
     with lease.held(folder):
         claim(space, config, folder)

@@ -2,15 +2,43 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
+from huggingface_hub import constants
 from road import Road
 
 from bitray import Config
-from bitray.data import embedded
+from bitray.data import embedded, train_tokenizer
+from bitray.models.loading import build_model, save_model
 from bitray.pipeline.run import run
 
 STEPS = {"stage0": 20, "stage1_9": 6, "stage2": 12}
+
+
+HUB_MODEL = {
+    "model_type": "llama", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 64,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A model of the Hub as it lies when it was downloaded: `old` is all ones, `main` all twos."""
+    root = tmp_path / "models--org--small"
+    (root / "refs").mkdir(parents=True)
+    for number, branch in enumerate(("old", "main"), 1):
+        sha = str(number) * 40
+        (root / "refs" / branch).write_text(sha)
+        model = build_model(HUB_MODEL)
+        torch.nn.init.constant_(model.model.norm.weight, number)
+        save_model(model, str(root / "snapshots" / sha))
+        words = train_tokenizer([f"{branch} words are few " * 9], 61)
+        words.save_pretrained(root / "snapshots" / sha)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return "org/small"
 
 
 @pytest.fixture(scope="session")
