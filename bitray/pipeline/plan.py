@@ -140,6 +140,7 @@ def check_model(config: Config, model: PreTrainedModel, tokenizer: str | None) -
     _check_starts(config)
     most = model.config.max_position_embeddings
     found = [text for name in config.stages for text in config.too_long(name, most)]
+    found += _pretrained_again(config)
     mine = None
     if tokenizer is not None:
         mine = load_tokenizer(tokenizer, config.model.revision_of(tokenizer))
@@ -154,6 +155,19 @@ def check_model(config: Config, model: PreTrainedModel, tokenizer: str | None) -
     found += _not_exported(config, converted, mine, begins)
     if found:
         raise UserError(listed(found))
+
+
+def _pretrained_again(config: Config) -> list[str]:
+    """Dense stages of a model that is trained already: they are for random weights, and would undo
+    what it has learnt."""
+    if config.model.path is None:
+        return []
+    return [
+        f"stages.{name}: pretrains a model that is built here, but {config.model.name} is "
+        f"pretrained (model.path); take pipeline=standard, or stages.{name}.max_steps=0"
+        for name, stage in config.stages.items()
+        if stage.dense and stage.total_steps
+    ]
 
 
 def _not_exported(

@@ -33,7 +33,7 @@ class Smoke:
             raise UserError(f"combo={combo}: there is no such one{nearest(combo, combos)}; {known}")
         config = Config.load(path, [f"smoke={combo}", *_words(combo, workers), *rest])
         if config.model.path:  # it is trained already
-            return config
+            return config.override({"stages.stage0.max_steps": 0})
         dense = {"influence.enabled": False, "curriculum.phases": [], "optimizer.lr": 4e-3}
         return config.override({f"stages.stage0.{name}": value for name, value in dense.items()})
 

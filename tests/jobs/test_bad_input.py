@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from bitray.nn import bit_linears
 from bitray.pipeline.finish import as_trained
 from bitray.pipeline.folders import resolve_checkpoint
+from bitray.pipeline.smoke import Smoke
 
 pytestmark = pytest.mark.usefixtures("kept")
 
@@ -356,6 +357,22 @@ def test_an_unsupported_architecture_names_the_supported_ones(
     words = [f"model.path={models / 'gpt2'}", "model=smollm2_135m", "pipeline=standard"]
     told = command("pretrain", *words, "training.max_seq_length=64").sentence()
     assert "gpt2" in told and all(name in told for name in ("llama", "qwen2", "qwen3"))
+
+
+def test_a_pretrained_model_is_not_pretrained_again(command: Command, models: Path) -> None:
+    """By the demo's Stage 0, which is what a run without another pipeline has."""
+    words = ["model=smollm2_135m", f"model.path={models / 'dense'}", "training.max_seq_length=64"]
+    words += ["model.name=mine", "export.gguf=[]", "export.huggingface=false"]
+    for more in ("--dry-run", FRESH):
+        told = command("pretrain", *words, more).sentence()
+        assert told.startswith("stages.stage0: pretrains a model that is built here, but mine is")
+        assert "pipeline=standard" in told
+    assert command("pretrain", *words, "--dry-run", "stages.stage0.max_steps=0").code == 0
+    smoke = Smoke.load(words=["combo=ce_only", *words[:3]])
+    assert {name: each.total_steps for name, each in smoke.stages.items()} == {
+        "stage0": 0,
+        "stage2": 20,
+    }
 
 
 def test_a_mask_token_that_means_something_else(command: Command, models: Path) -> None:
