@@ -293,7 +293,7 @@ def test_while_storage_is_gone_all_that_is_known_is_answered(s3: str, proxy: Fla
         await asyncio.sleep(0.5)
         async with asyncio.timeout(30):
             assert await actor.journal("s") == before
-            assert (await actor.epochs("s", 10))["a"] > 0
+            assert (await actor.sources("s", 10))["epoch"]["a"] > 0
             assert (await actor.state("s", 9))["next_ticket"] == 36
             assert await actor.plan("s", generation, [0]) is not None
             assert await actor.plan("s", generation, [(10 + 4) * 4], timeout=0.05) is None

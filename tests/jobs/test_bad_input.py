@@ -148,7 +148,7 @@ def test_a_teacher_server_that_is_not_there(command: Command, models: Path) -> N
 def test_more_gpus_than_exist(command: Command) -> None:
     words = ["scaling.num_workers=64", "scaling.cpus_per_worker=0.001", "scaling.use_gpu=true"]
     told = command("pretrain", "--dry-run", *words).sentence()
-    assert "needs 64 GPUs, the cluster has " in told and "scaling=laptop" in told
+    assert "needs 64 GPUs, this machine has " in told and "scaling=laptop" in told
 
 
 # -------------------------------------------------------------------------------------------- data

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -11,9 +10,6 @@ from pathlib import Path
 
 import pytest
 from command_line import JOBS, tree
-
-LIGHT_SECONDS = 6.0
-"""Of processor time; about 2 in practice, of which torch is most. Ray and transformers add 6."""
 
 
 def call(
@@ -29,12 +25,6 @@ def call(
     )  # fmt: skip
 
 
-def seconds() -> float:
-    """Processor time of the children so far."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 @pytest.mark.parametrize(
     ("job", "words", "code"),
     [
@@ -48,10 +38,8 @@ def seconds() -> float:
 def test_help_and_a_typo_are_answered_at_once(
     tmp_path: Path, job: str, words: list[str], code: int
 ) -> None:
-    """Without the libraries that take seconds to load, which is what the bound can tell."""
-    before = seconds()
+    """Without the libraries that take seconds to load."""
     done = call(tmp_path, job, *words, PYTHONPROFILEIMPORTTIME="1")
-    spent = seconds() - before
     lines = done.stderr.splitlines()
     imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time")}
     assert done.returncode == code
@@ -62,7 +50,6 @@ def test_help_and_a_typo_are_answered_at_once(
     }
     told = [line for line in lines if not line.startswith("import time")]
     assert len(told) == (code == 2) and all(line.startswith("error: ") for line in told)
-    assert spent < LIGHT_SECONDS, f"{spent:.1f} s"
 
 
 def test_a_hub_that_cannot_be_reached_is_one_sentence(tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from test_streams import flows_of
 
 from bitray import Config, checkpoint
 from bitray.pipeline.feeds import Feeds
 from bitray.pipeline.folders import StageFolder
 
+pytestmark = pytest.mark.usefixtures("unchecked")  # an empty shard is none of Ray's
 STAGES = ("stage0", "stage1", "stage1_9", "stage2")
 
 

@@ -19,6 +19,7 @@ from bitray.pipeline.saving import Checkpoints, Rewind
 from bitray.pipeline.worker import Stage
 from bitray.retries import failing
 from bitray.training import state
+from bitray.training.goodput import Clock
 from bitray.training.loop import Every, Loop
 from bitray.training.settings import Resume
 
@@ -85,7 +86,11 @@ class TestWithoutStorage:
         the next one that is better than what is kept is."""
         run = loop(settings())
         stage: Any = SimpleNamespace(
-            device=CPU, folder=saved.folder, checkpoints=saved, save=partial(save, saved)
+            device=CPU,
+            folder=saved.folder,
+            checkpoints=saved,
+            save=partial(save, saved),
+            clock=Clock(),
         )
         stage.note = partial(Stage.note, stage)
         stage.note(run, {"a": 3.0})

@@ -87,7 +87,8 @@ def test_two_workers_train_the_corrections_as_one_does(tmp_path: Path) -> None:
         assert found["rest"] == found["losses"][3:]
         # every step has other rows, so single losses say little
         assert np.mean(found["losses"][-3:]) < 0.97 * np.mean(found["losses"][:3])
-    np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-5)
+    # activations are rounded: a last bit of a correction may become another code of a later layer
+    np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-4)
     before = dict(made()[0].model.model.named_parameters())
     for name, value in one["weights"].items():
         moved = not torch.equal(value, before[name].detach())
