@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.initialization import no_init_weights
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from bitray import checkpoint, storage
 from bitray.models.convert import to_bitnet
@@ -102,8 +103,11 @@ def skeleton(files_dir: str | Path, revision: str | None = None) -> PreTrainedMo
 def commit_of(hub_id: str, revision: str | None = None) -> str:
     """The commit that a revision of a model on the Hub is now."""
     with local_model(hub_id):  # `UserError` where it can only be a folder that is not there
-        commit: Any = _config(hub_id, revision)._commit_hash
-        return str(commit)
+        _config(hub_id, revision)
+        file = cached_file(hub_id, "config.json", revision=revision)
+        commit = extract_commit_hash(file, None)
+        assert commit is not None, f"{file} lies in no snapshot of the Hub's cache"
+        return commit
 
 
 def _config(folder: str, revision: str | None = None) -> PretrainedConfig:

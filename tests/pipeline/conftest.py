@@ -18,7 +18,7 @@ STEPS = {"stage0": 20, "stage1_9": 6, "stage2": 12}
 
 
 HUB_MODEL = {
-    "model_type": "llama", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 64,
+    "model_type": "llama", "vocab_size": 260, "hidden_size": 32, "intermediate_size": 64,
     "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
 }  # fmt: skip
 
@@ -34,7 +34,7 @@ def hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         model = build_model(HUB_MODEL)
         torch.nn.init.constant_(model.model.norm.weight, number)
         save_model(model, str(root / "snapshots" / sha))
-        words = train_tokenizer([f"{branch} words are few " * 9], 61)
+        words = train_tokenizer([f"{branch} " * 99], 260)
         words.save_pretrained(root / "snapshots" / sha)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -36,7 +36,7 @@ def test_model_and_tokenizer_are_of_the_revision(hub_model: str, tmp_path: Path)
     old = at_commit(config(tmp_path, hub_model, "model.revision=old"))
     folder = tmp_path / "models--org--small" / "snapshots" / MAIN
     (folder / "config.json").unlink()
-    assert outline(old).config.vocab_size == 61
+    assert outline(old).config.vocab_size == 260
     with pytest.raises(UserError):
         outline(config(tmp_path, hub_model))
     vocabularies = [load_tokenizer(hub_model, name).get_vocab() for name in ("old", OLD, MAIN)]
