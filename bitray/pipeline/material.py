@@ -7,6 +7,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -65,8 +66,8 @@ def _commit_of_run(config: Config) -> str | None:
     uri = storage.join(config.run_dir, FILE)
     if config.resume.fresh or not storage.exists(uri):
         return None
-    there: dict[str, str | None] = storage.read_json(uri)["settings"]["model"]
-    return there["revision"] if there["path"] == config.model.path else None
+    there: dict[str, Any] = storage.read_json(uri).get("settings", {}).get("model", {})
+    return there["revision"] if there.get("path") == config.model.path else None
 
 
 def pinned(run_dir: str) -> dict[str, list[FileInfo]]:

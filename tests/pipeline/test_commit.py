@@ -34,13 +34,13 @@ def test_a_run_goes_on_with_the_commit_that_it_began_with(hub_model: str, tmp_pa
 
 def test_model_and_tokenizer_are_of_the_revision(hub_model: str, tmp_path: Path) -> None:
     old = at_commit(config(tmp_path, hub_model, "model.revision=old"))
+    vocabularies = [load_tokenizer(hub_model, name).get_vocab() for name in ("old", OLD, MAIN)]
+    assert vocabularies[0] == vocabularies[1] != vocabularies[2]
     folder = tmp_path / "models--org--small" / "snapshots" / MAIN
     (folder / "config.json").unlink()
     assert outline(old).config.vocab_size == 260
     with pytest.raises(UserError):
         outline(config(tmp_path, hub_model))
-    vocabularies = [load_tokenizer(hub_model, name).get_vocab() for name in ("old", OLD, MAIN)]
-    assert vocabularies[0] == vocabularies[1] != vocabularies[2]
     assert (load_teacher(hub_model, torch.float32, "cpu", OLD).model.norm.weight == 1).all()
 
 
