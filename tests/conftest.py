@@ -105,7 +105,7 @@ def ray_cluster() -> Iterator[None]:
         include_dashboard=False,
         log_to_driver=False,
         _temp_dir=folder,
-        _system_config={"metrics_report_interval_ms": 1000},  # gauges come, and go, soon
+        _system_config={"metrics_report_interval_ms": 2000},  # gauges come, and go, soon
     )
     yield
     ray.shutdown()
