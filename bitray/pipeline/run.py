@@ -186,7 +186,7 @@ def _train_beside(
     def tell(known: Mapping[RowKind, Manifest]) -> None:
         for file, why in skipped_files(known).items() - skipped.items():
             skipped[file] = why
-            events.write("skipped", file=file, reason=why)
+            events.write("skipped", path=file, reason=why)
         sizes = {manifest.identity(): manifest.sizes() for manifest in known.values()}
         check_enough(grown(flows, sizes))
         ray.get(actor.prepared.remote(sizes))

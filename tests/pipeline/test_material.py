@@ -156,10 +156,8 @@ def test_training_begins_before_preparing_ends_and_survives_its_failure(
     assert road.metrics(STAGE, "mixture/epoch_numbers")[-1] == pytest.approx(epochs)
     assert epochs > 1
     skipped = [event for event in read_events(str(road.folder)) if event["kind"] == "skipped"]
-    assert {event["file"] for event in skipped} == {
-        f"{config.data.sources['numbers'].path}/b.jsonl.gz"
-    }
-    assert all("damaged" in event["reason"] for event in skipped) and len(skipped) == 2, "attempts"
+    assert [Path(event["path"]).name for event in skipped] == ["b.jsonl.gz"]
+    assert "damaged" in skipped[0]["reason"]
 
 
 class Units(Material):

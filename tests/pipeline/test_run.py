@@ -83,11 +83,11 @@ def test_the_report_needs_nothing_from_outside(road: Road) -> None:
 
 
 def test_last_checkpoints_best_and_final_are_kept(road: Road) -> None:
-    """save_every 4, keep_last 2, eval_every 5; the end of a stage has its own checkpoint."""
+    """save_every 4, keep_last 2, eval_every 5; the last step is one of those that are kept."""
     for stage, kept in (
-        ("stage0", {"step_000012", "step_000016"}),
-        ("stage1_9", {"step_000004"}),
-        ("stage2", {"step_000004", "step_000008"}),
+        ("stage0", {"step_000016", "step_000020"}),
+        ("stage1_9", {"step_000004", "step_000006"}),
+        ("stage2", {"step_000008", "step_000012"}),
     ):
         assert {p.name for p in road.checkpoints(stage).iterdir()} == {*kept, "best", "final"}
         middle = {
