@@ -1,16 +1,23 @@
 #!/bin/bash
-# A run under Slurm: sbatch cluster/slurm.sh jobs/pretrain.py scaling=fsdp_multi output_dir=s3://...
-# A small first component holds the head, which takes no work; the second holds the GPU machines.
-# The queue is to requeue what it pre-empts: the same command continues from the newest checkpoint.
+# A run under Slurm: sbatch cluster/slurm.sh jobs/pretrain.py scaling=fsdp_multi
+#   scaling.data_labels.role=data output_dir=s3://...
+# A small first component holds the head, which takes no work, the second the GPU machines, the third
+# those that prepare and read data. The queue is to requeue what it pre-empts: the same command
+# continues from the newest checkpoint. Replace bitray-data; machines have rclone 1.55 or newer.
 #SBATCH --job-name=bitray
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=B:TERM@120
 #SBATCH --time=24:00:00
 #SBATCH --comment=project:bitray
-#SBATCH --partition=cpu --nodes=1 --ntasks-per-node=1 --cpus-per-task=4 --mem=16G --tmp=100G
+#SBATCH --exclusive --mem=0 --ntasks-per-node=1
+#SBATCH --partition=cpu --nodes=1 --cpus-per-task=4 --tmp=100G
 #SBATCH hetjob
-#SBATCH --partition=gpu --nodes=2 --ntasks-per-node=1 --cpus-per-task=48 --gres=gpu:4 --mem=0 --tmp=150G
+#SBATCH --exclusive --mem=0 --ntasks-per-node=1
+#SBATCH --partition=gpu --nodes=2 --cpus-per-task=48 --gres=gpu:4 --tmp=150G
+#SBATCH hetjob
+#SBATCH --exclusive --mem=0 --ntasks-per-node=1
+#SBATCH --partition=cpu --nodes=1 --cpus-per-task=16 --tmp=100G
 set -euo pipefail
 
 # The home of all nodes holds the token; only you may read it.
@@ -22,14 +29,25 @@ ray=$(dirname "$python")/ray
 
 port=${RAY_PORT:-6379}
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_0" | head -n 1)
-workers=${SLURM_JOB_NUM_NODES_HET_GROUP_1:-2}
 
-srun --het-group=0 --ntasks=1 \
-    "$ray" start --head --port="$port" --node-ip-address="$head" --dashboard-host=127.0.0.1 \
+# Data in object storage, by URI, with the keys in the environment or in ~/.aws. The mount goes with
+# the step that made it; what a killed one left behind is taken away first.
+mount='
+    fusermount3 -uzq /tmp/bitray-data || true
+    mkdir -p /tmp/bitray-data
+    rclone mount :s3,provider=AWS,env_auth:bitray-data /tmp/bitray-data --read-only --daemon
+    exec "$@"'
+
+on() {  # each machine of component $1, beside the data: the command that follows
+    local count=SLURM_JOB_NUM_NODES_HET_GROUP_$1
+    srun --het-group="$1" --ntasks="${!count}" bash -euc "$mount" bash "${@:2}"
+}
+
+on 0 "$ray" start --head --port="$port" --node-ip-address="$head" --dashboard-host=127.0.0.1 \
     --num-cpus=0 --labels=role=head --block &
 for _ in {1..90}; do "$ray" status --address="$head:$port" > /dev/null 2>&1 && break; sleep 2; done
-srun --het-group=1 --ntasks="$workers" \
-    "$ray" start --address="$head:$port" --labels=role=train --block &
+on 1 "$ray" start --address="$head:$port" --labels=role=train --block &
+on 2 "$ray" start --address="$head:$port" --labels=role=data --block &
 
 # The driver stops at a checkpoint when Slurm tells this script to end.
 RAY_ADDRESS=$head:$port "$python" "$@" &
