@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from cluster_keys import MANIFESTS, PROVIDERS, Place, Problem, launcher_keys, wrong_keys
+from cluster_keys import (
+    CAPACITIES,
+    MANIFESTS,
+    NETWORK_POLICY,
+    PROVIDERS,
+    Place,
+    Problem,
+    launcher_keys,
+    wrong_keys,
+)
+from cluster_shell import Command, commands, ray_starts
 
 from bitray.settings import nearest
 
@@ -21,10 +31,11 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Document(NamedTuple):
-    """A YAML document, and the line on which each of its paths begins."""
+    """A YAML document, the line on which each of its paths begins, and what is there twice."""
 
     tree: Any
     lines: Mapping[Place, int]
+    repeated: Sequence[Problem]
 
 
 def unpinned(image: object) -> str | None:
@@ -36,21 +47,28 @@ def unpinned(image: object) -> str | None:
     return f"{image} is not pinned; name a version, as in rayproject/ray:2.60.0-py311-gpu"
 
 
-def command_problems(command: str, head: bool, token: str | None, takes_work: bool) -> list[str]:
+def start_problems(start: Command, token: str | None, may_work: bool) -> Iterator[str]:
     """What is wrong with a command that starts Ray. `token`: the file that is mounted."""
-    found = []
-    if not re.search(r"\bRAY_AUTH_MODE=token\b", command):
-        found.append("RAY_AUTH_MODE=token is not exported before ray start, so anybody may submit")
-    said = re.search(r"RAY_AUTH_TOKEN_PATH=(\S+?)[;\s]", command)
-    path = said.group(1) if said else "~/.ray/auth_token"
+    if start.environment.get("RAY_AUTH_MODE") != "token":
+        yield "RAY_AUTH_MODE=token is not exported before ray start, so anybody may submit"
+    path = start.environment.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")
     if token is not None and path != token:
-        found.append(f"Ray will read its token from {path}, but it is mounted at {token}")
-    host = re.search(r"--dashboard-host[= ]\s*([^\s;]+)", command)
-    if host and host.group(1) not in LOOPBACK:
-        found.append(f"the dashboard listens on {host.group(1)}; take 127.0.0.1 and ssh to it")
-    if head and takes_work:
-        found.append("the head takes work, which dies with it or starves it; add --num-cpus=0")
-    return found
+        yield f"Ray will read its token from {path}, but it is mounted at {token}"
+    host = start.option("--dashboard-host")
+    if host is not None and host not in LOOPBACK:
+        yield f"the dashboard listens on {host}; take 127.0.0.1 and ssh to it"
+    if "--head" in start.words and not may_work and start.option("--num-cpus") != "0":
+        yield "the head takes work, which dies with it or starves it; add --num-cpus=0"
+
+
+def installs_old_rclone(command: Command) -> bool:
+    """Whether rclone comes from a distribution: Ubuntu 22.04 has 1.53, and `:s3,env_auth:` is known
+    from 1.55 on."""
+    return {"install", "rclone"} <= set(command.words)
+
+
+OLD_RCLONE = ("a distribution's rclone may be too old to mount by URI; install a release, as in "
+              "https://downloads.rclone.org/v1.72.1/rclone-v1.72.1-linux-amd64.deb")  # fmt: skip
 
 
 def launcher_problems(tree: Any) -> Iterator[Problem]:
@@ -62,22 +80,26 @@ def launcher_problems(tree: Any) -> Iterator[Problem]:
         yield Problem(("file_mounts",), "no token is mounted; add /home/ray/.ray/auth_token: "
                       "~/.ray/auth_token, which `ray get-auth-token --generate` makes")  # fmt: skip
     local = tree["provider"]["type"] == "local"
-    workers = tree["provider"].get("worker_ips") if local else tree.get("max_workers", 1)
+    alone = local and not tree["provider"].get("worker_ips")
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
-        commands = list(tree.get(key) or ())
-        starts = [(n, str(c)) for n, c in enumerate(commands) if "ray start" in str(c)]
+        starts = [
+            (number, start)
+            for number, text in enumerate(tree.get(key) or ())
+            for start in ray_starts(str(text))
+        ]
         if not starts:
             yield Problem((key,), "nothing starts Ray here, or Ray's default does, without a token")
-        for number, command in starts:
-            head = "--head" in command
-            free = not local or not workers or "--num-cpus=0" in command
-            texts = command_problems(command, head, tokens[0] if tokens else None, not free)
+        for number, start in starts:
+            texts = start_problems(start, tokens[0] if tokens else None, alone or not local)
             yield from (Problem((key, number), text) for text in texts)
+    for key in ("initialization_commands", "setup_commands"):
+        for number, text in enumerate(tree.get(key) or ()):
+            if any(map(installs_old_rclone, commands(str(text)))):
+                yield Problem((key, number), OLD_RCLONE)
     for number, rule in enumerate(
         _below(tree, "provider", "security_group", "IpPermissions") or ()
     ):
-        wide = "0.0.0.0/0" in str(rule.get("IpRanges"))
-        if wide and rule.get("FromPort") != 22:
+        if _to_the_world(rule) and (rule.get("FromPort"), rule.get("ToPort")) != (22, 22):
             at = ("provider", "security_group", "IpPermissions", number)
             yield Problem(at, "opens more than ssh to the whole world")
     docker = tree.get("docker") or {}
@@ -86,6 +108,13 @@ def launcher_problems(tree: Any) -> Iterator[Problem]:
             yield Problem(("docker", key), why)
     if not local:
         yield from node_problems(tree)
+
+
+def _to_the_world(rule: Any) -> bool:
+    """Whether a rule of a firewall lets in addresses of which only the first bits are told."""
+    ranges = [*(_below(rule, "IpRanges") or ()), *(_below(rule, "Ipv6Ranges") or ())]
+    told = (_below(each, "CidrIp") or _below(each, "CidrIpv6") for each in ranges)
+    return any(re.search(r"/[0-7]$", str(address)) for address in told)
 
 
 def node_problems(tree: Any) -> Iterator[Problem]:
@@ -97,6 +126,7 @@ def node_problems(tree: Any) -> Iterator[Problem]:
     for name, node in types.items():
         at, machine = ("available_node_types", name), node.get("node_config") or {}
         spot = _is_spot(tree["provider"]["type"], machine)
+        yield from (Problem((*at, "node_config", *p), why) for p, why in unpinned_machine(machine))
         if name == head:
             busy = {
                 k: v for k, v in (node.get("resources") or {}).items() if k in ("CPU", "GPU") and v
@@ -105,20 +135,36 @@ def node_problems(tree: Any) -> Iterator[Problem]:
                 text = "the head takes work, which dies with it or starves it; set CPU: 0, no GPU"
                 yield Problem((*at, "resources"), text)
             if spot:
-                yield Problem((*at, "node_config"), "a spot head takes the cluster with it when "
-                              "it goes; take it on demand")  # fmt: skip
+                yield Problem((*at, "node_config"), SPOT_HEAD)
         elif (node.get("resources") or {}).get("GPU") and not spot:
-            how = SPOT[tree["provider"]["type"]]
-            text = f"these GPUs are not spot ones, at two or three times the price; say {how}"
-            yield Problem((*at, "node_config"), text)
+            yield Problem((*at, "node_config"), not_spot(tree["provider"]["type"]))
+
+
+def unpinned_machine(machine: Any) -> Iterator[Problem]:
+    """Images of machines that may be others tomorrow."""
+    arm = _below(machine, "azure_arm_parameters")
+    if _below(arm, "imageOffer") and _below(arm, "imageVersion") in (None, "", "latest"):
+        yield Problem(("azure_arm_parameters", "imageVersion"), "the image is not pinned; name a "
+                      "version, which `az vm image list --all` tells")  # fmt: skip
+    for number, disk in enumerate(_below(machine, "disks") or ()):
+        image = _below(disk, "initializeParams", "sourceImage")
+        if "/family/" in str(image):
+            text = "a family's image changes; name one of `gcloud compute images list`"
+            yield Problem(("disks", number, "initializeParams", "sourceImage"), text)
 
 
 SPOT = {
     "aws": "InstanceMarketOptions: {MarketType: spot}",
     "gcp": "scheduling: {provisioningModel: SPOT}",
     "azure": "azure_arm_parameters.priority: Spot",
+    "kuberay": "nodeSelector: {karpenter.sh/capacity-type: spot}, or your cloud's label",
 }
 """How each cloud spells it."""
+SPOT_HEAD = "a spot head takes the cluster with it when it goes; take it on demand"
+
+
+def not_spot(where: str) -> str:
+    return f"these GPUs are not spot ones, at two or three times the price; say {SPOT[where]}"
 
 
 def _is_spot(provider: str, machine: Any) -> bool:
@@ -137,33 +183,92 @@ def _below(tree: Any, *path: str) -> Any:
     return tree
 
 
-def manifest_problems(tree: Any, guarded: bool) -> Iterator[Problem]:
-    """What is wrong with a KubeRay manifest that its keys do not show. `guarded`: the file has a
-    NetworkPolicy, behind which a RayJob's dashboard may be asked by the operator."""
+def manifest_problems(tree: Any, policies: Sequence[Any]) -> Iterator[Problem]:
+    """What is wrong with a KubeRay manifest that its keys do not show. `policies`: those of the
+    file, behind which a RayJob's dashboard may be asked by the operator."""
     job = tree["kind"] == "RayJob"
     at: Place = ("spec", "rayClusterSpec") if job else ("spec",)
     cluster = _below(tree, *map(str, at)) or {}
     head = cluster.get("headGroupSpec") or {}
     start = head.get("rayStartParams") or {}
     host = start.get("dashboard-host", "0.0.0.0")  # KubeRay's default
-    if host not in LOOPBACK and not (job and guarded):
-        needs = "a NetworkPolicy in the same file" if job else "127.0.0.1 and kubectl port-forward"
+    if host not in LOOPBACK and not (job and guarded(head, tree, policies)):
+        needs = (
+            "a NetworkPolicy in the same file that selects the head and says who may come in"
+            if job
+            else "127.0.0.1 and kubectl port-forward"
+        )
         where = (*at, "headGroupSpec", "rayStartParams")
         yield Problem(where, f"the dashboard listens on {host}; it needs {needs}")
-    if head.get("serviceType", "ClusterIP") != "ClusterIP" or head.get("enableIngress"):
-        yield Problem((*at, "headGroupSpec"), "the dashboard is open beyond the cluster; take "
-                      "serviceType: ClusterIP and no ingress")  # fmt: skip
-    cpus = _below(head, "resources", "CPU") or start.get("num-cpus")
-    if str(cpus) != "0":
-        text = 'the head takes work, which dies with it or starves it; set num-cpus: "0"'
-        yield Problem((*at, "headGroupSpec", "rayStartParams"), text)
+    yield from (Problem((*at, "headGroupSpec", *p), text) for p, text in head_problems(head))
     groups = [("headGroupSpec", head)]
     groups += [(n, group) for n, group in enumerate(cluster.get("workerGroupSpecs") or ())]
     for name, group in groups:
         where = (*at, name) if isinstance(name, str) else (*at, "workerGroupSpecs", name)
-        for number, each in enumerate(_below(group, "template", "spec", "containers") or ()):
-            if why := unpinned(each.get("image")):
-                yield Problem((*where, "template", "spec", "containers", number, "image"), why)
+        yield from (Problem((*where, "template", "spec", *p), text)
+                    for p, text in pod_problems(group, group is head))  # fmt: skip
+
+
+def head_problems(head: Any) -> Iterator[Problem]:
+    """What is wrong with KubeRay's head, besides its pod."""
+    service = _below(head, "headService", "spec")
+    types = {_below(head, "serviceType"), _below(service, "type")} - {None, "ClusterIP"}
+    if types or _below(service, "externalIPs") or head.get("enableIngress"):
+        yield Problem((), "the dashboard is open beyond the cluster; take serviceType: ClusterIP "
+                      "and no ingress")  # fmt: skip
+    cpus = _below(head, "resources", "CPU") or _below(head, "rayStartParams", "num-cpus")
+    if str(cpus) != "0":
+        text = 'the head takes work, which dies with it or starves it; set num-cpus: "0"'
+        yield Problem(("rayStartParams",), text)
+
+
+def pod_problems(group: Any, is_head: bool) -> Iterator[Problem]:
+    """What is wrong with the pods of a group."""
+    pod = _below(group, "template", "spec")
+    containers = _below(pod, "containers") or ()
+    for number, each in enumerate(containers):
+        if why := unpinned(_below(each, "image")):
+            yield Problem(("containers", number, "image"), why)
+    chosen = _below(pod, "nodeSelector") or {}
+    spot = any(chosen.get(label) == values[0] for label, values in CAPACITIES.items())
+    limits = [name for each in containers for name in _below(each, "resources", "limits") or ()]
+    if is_head and spot:
+        yield Problem(("nodeSelector",), SPOT_HEAD)
+    elif not is_head and not spot and any(str(name).endswith("/gpu") for name in limits):
+        yield Problem(("nodeSelector",), not_spot("kuberay"))
+
+
+# What KubeRay adds to the labels of a head.
+HEAD_LABELS = {"ray.io/node-type": "head", "ray.io/is-ray-node": "yes"}
+
+
+def guarded(head: Any, tree: Any, policies: Sequence[Any]) -> bool:
+    """Whether only some may reach the head. Policies add up: one that lets all in is enough."""
+    labels = HEAD_LABELS | (_below(head, "template", "metadata", "labels") or {})
+    names = [_below(each, "metadata", "namespace") or "default" for each in (tree, *policies)]
+    asked = [
+        policy["spec"]
+        for policy, name in zip(policies, names[1:], strict=True)
+        if name == names[0] and _selects(policy["spec"]["podSelector"], labels)
+    ]
+    asked = [spec for spec in asked if "Ingress" in (spec.get("policyTypes") or ["Ingress"])]
+    rules = [rule for spec in asked for rule in spec.get("ingress") or ()]
+    return bool(asked) and not any(_lets_all_in(rule) for rule in rules)
+
+
+def _selects(selector: Any, labels: Mapping[str, Any]) -> bool:
+    """Whether it is sure that a selector takes what has these labels."""
+    asked = selector.get("matchLabels") or {}
+    return not selector.get("matchExpressions") and asked.items() <= labels.items()
+
+
+def _lets_all_in(rule: Any) -> bool:
+    peers = rule.get("from")
+    return not peers or any(
+        re.search(r"/[0-7]$", str(_below(peer, "ipBlock", "cidr")))
+        or (peer.get("namespaceSelector") == {} and not peer.get("podSelector"))
+        for peer in peers
+    )
 
 
 def ray_problem(path: Path) -> Iterator[Problem]:
@@ -186,45 +291,79 @@ def documents(text: str) -> list[Document]:
     """The documents of a file; aliases have the lines of what they stand for."""
     trees = list(yaml.safe_load_all(text))
     nodes = yaml.compose_all(text, yaml.SafeLoader)
-    return [Document(t, dict(_lines(n))) for t, n in zip(trees, nodes, strict=True)]
+    return [
+        Document(t, dict(_lines(n)), list(_repeated(n))) for t, n in zip(trees, nodes, strict=True)
+    ]
 
 
 def _lines(node: Any, path: Place = ()) -> Iterator[tuple[Place, int]]:
     yield path, node.start_mark.line + 1
+    for name, first, value in _below_node(node):
+        yield from _lines(value, (*path, name))
+        yield (*path, name), first.start_mark.line + 1
+
+
+def _repeated(node: Any, path: Place = ()) -> Iterator[Problem]:
+    seen: dict[str | int, int] = {}
+    for name, first, value in _below_node(node):
+        if name in seen:
+            yield Problem((*path, name), f"was already given on line {seen[name]}")
+        seen[name] = first.start_mark.line + 1
+        yield from _repeated(value, (*path, name))
+
+
+def _below_node(node: Any) -> list[tuple[str | int, Any, Any]]:
+    """Names of what is below, the nodes that they begin with, and the nodes of their values."""
     if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            below = (*path, key.value)
-            yield from _lines(value, below)
-            yield below, key.start_mark.line + 1
-    elif isinstance(node, yaml.SequenceNode):
-        for number, value in enumerate(node.value):
-            yield from _lines(value, (*path, number))
+        return [(key.value, key, value) for key, value in node.value]
+    if isinstance(node, yaml.SequenceNode):
+        return [(number, value, value) for number, value in enumerate(node.value)]
+    return []
 
 
 def problems(path: Path) -> list[tuple[int, Problem]]:
     """All that is wrong with a file, by line."""
-    text = path.read_text()
-    if path.suffix == ".sh":
-        return list(_of_script(text))
     try:
-        found = documents(text)
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        return [(line, Problem((), f"this is not UTF-8: {error.reason}"))]
+    if path.suffix == ".sh":
+        return list(_of_script(text)) or _of_nothing(any(ray_starts(text)))
+    try:
+        found = [each for each in documents(text) if each.tree is not None]
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         said = getattr(error, "problem", None) or str(error)
         return [((mark.line + 1) if mark else 1, Problem((), f"this is not YAML: {said}"))]
-    guarded = any(_below(each.tree, "kind") == "NetworkPolicy" for each in found)
-    told = [(_line(each, p), p) for each in found for p in _of_document(each.tree, guarded, path)]
+    policies = [each.tree for each in found if _below(each.tree, "kind") == "NetworkPolicy"]
+    policies = [tree for tree in policies if not list(wrong_keys(tree, NETWORK_POLICY))]
+    told = [(_line(each, p), p) for each in found for p in each.repeated]
+    told += [(_line(each, p), p) for each in found for p in _of_document(each.tree, policies, path)]
+    told += _of_nothing(not all(_is_foreign(each.tree) for each in found))
     return sorted(set(told), key=lambda pair: (pair[0], str(pair[1])))
 
 
-def _of_document(tree: Any, guarded: bool, path: Path) -> Iterator[Problem]:
+def _of_nothing(starts: bool) -> list[tuple[int, Problem]]:
+    return [] if starts else [(1, Problem((), "nothing in this file starts Ray"))]
+
+
+def _is_foreign(tree: Any) -> bool:
+    """Whether a document is a manifest of Kubernetes' own."""
+    kind, version = _below(tree, "kind"), str(_below(tree, "apiVersion"))
+    return kind is not None and str(kind) not in MANIFESTS and not version.startswith("ray.io")
+
+
+def _of_document(tree: Any, policies: Sequence[Any], path: Path) -> Iterator[Problem]:
     kind = _below(tree, "kind")
-    if isinstance(kind, str) and kind in MANIFESTS:
+    if _is_foreign(tree):
+        yield from wrong_keys(tree, NETWORK_POLICY) if kind == "NetworkPolicy" else ()
+    elif str(kind) in MANIFESTS:
         found = list(wrong_keys(tree, MANIFESTS[kind]))
         yield from found
         if not _misshapen(found):
-            yield from manifest_problems(tree, guarded)
-    elif kind is None or str(_below(tree, "apiVersion")).startswith("ray.io"):
+            yield from manifest_problems(tree, policies)
+    else:
         provider = _below(tree, "provider", "type")
         if not isinstance(provider, str) or provider not in PROVIDERS:
             known = [*PROVIDERS, *MANIFESTS]
@@ -245,12 +384,11 @@ def _misshapen(found: Sequence[Problem]) -> bool:
 
 
 def _of_script(text: str) -> Iterator[tuple[int, Problem]]:
-    exported = "RAY_AUTH_MODE=token" if re.search(r"export .*RAY_AUTH_MODE=token", text) else ""
-    for match in re.finditer(r"\bray\"? start\b(?:[^\n]*\\\n)*[^\n]*", text):
-        command, head = match.group(), "--head" in match.group()
-        work = head and "--num-cpus=0" not in command
-        for why in command_problems(f"{exported} {command}", head, None, work):
-            yield text.count("\n", 0, match.start()) + 1, Problem((), why)
+    for start in ray_starts(text):
+        for why in start_problems(start, None, may_work=False):
+            yield start.line, Problem((), why)
+    for command in filter(installs_old_rclone, commands(text)):
+        yield command.line, Problem((), OLD_RCLONE)
 
 
 def _line(document: Document, problem: Problem) -> int:

@@ -1,14 +1,14 @@
 """What is known of cluster files: keys of Ray's launcher, clouds' machines, KubeRay's manifests.
 
 A table maps a key to the table of what lies below it; None is any value, WORD one with nothing
-below it, a tuple the values that are known, a list of one table a list of such. A key that ends
-in ! has to be there.
+below it, a tuple the values that are known, a list of one table a list of such, a function makes
+its table when it is asked for. A key that ends in ! has to be there.
 """
 
 import gzip
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,22 +28,30 @@ class Problem(NamedTuple):
 
 
 @cache
-def aws_machine() -> dict[str, Any]:
-    """Arguments of EC2's RunInstances, as botocore describes them, and one of Ray's own."""
+def ec2_table(name: str) -> Any:
+    """What EC2 knows under a name, as botocore describes it."""
+    shape = _ec2_shapes()[name]
+    if shape["type"] == "structure":
+        return {key: ec2_table(member["shape"]) for key, member in shape["members"].items()}
+    if shape["type"] == "list":
+        return [ec2_table(shape["member"]["shape"])]
+    return tuple(shape["enum"]) if "enum" in shape else None
+
+
+@cache
+def _ec2_shapes() -> dict[str, Any]:
     import botocore
 
     folder = sorted((Path(botocore.__file__).parent / "data" / "ec2").glob("20*"))[-1]
-    shapes = json.loads(gzip.decompress((folder / "service-2.json.gz").read_bytes()))["shapes"]
+    shapes: dict[str, Any] = json.loads(
+        gzip.decompress((folder / "service-2.json.gz").read_bytes())
+    )
+    return shapes["shapes"]
 
-    def table(name: str) -> Any:
-        shape = shapes[name]
-        if shape["type"] == "structure":
-            return {key: table(member["shape"]) for key, member in shape["members"].items()}
-        if shape["type"] == "list":
-            return [table(shape["member"]["shape"])]
-        return tuple(shape["enum"]) if "enum" in shape else None
 
-    known: dict[str, Any] = table("RunInstancesRequest")
+def aws_machine() -> dict[str, Any]:
+    """Arguments of RunInstances, and one of Ray's own."""
+    known = dict(ec2_table("RunInstancesRequest"))
     del known["InstanceType"]  # new ones come faster than releases of botocore
     return {**known, "InstanceType!": None, "SubnetIds": None}
 
@@ -92,7 +100,7 @@ def azure_machine() -> dict[str, Any]:
     return {"azure_arm_parameters!": arm, "tags": ANY}
 
 
-MACHINES = {"aws": aws_machine, "gcp": lambda: GCP_MACHINE, "azure": azure_machine}
+MACHINES = {"aws": aws_machine, "gcp": GCP_MACHINE, "azure": azure_machine}
 COMMON = dict.fromkeys((
     "use_internal_ips", "cache_stopped_nodes", "disable_node_updaters", "worker_liveness_check",
     "disable_launch_config_check", "foreground_node_launch",
@@ -100,7 +108,9 @@ COMMON = dict.fromkeys((
 PROVIDERS: dict[str, dict[str, Any]] = {
     "aws": COMMON | {
         "type!": None, "region!": None, "availability_zone": None,
-        "security_group": {"GroupName": None, "IpPermissions": [ANY]},
+        "security_group": {
+            "GroupName": None, "IpPermissions": [partial(ec2_table, "IpPermission")],
+        },
         "key_pair": {"key_name": None}, "aws_credentials": ANY, "cloudwatch": ANY,
     },
     "gcp": COMMON | {
@@ -130,7 +140,7 @@ def launcher_keys(tree: Any) -> dict[str, Any]:
         known["min_workers"] = None  # which Ray moves to where the schema has it
         known.pop("head_node_type")
     else:
-        node = {**node, "node_config!": MACHINES[kind](), "resources!": ANY, "labels": ANY}
+        node = {**node, "node_config!": MACHINES[kind], "resources!": ANY, "labels": ANY}
         known["available_node_types!"] = {"*": _required(node, ())}
         needed += ("head_node_type", "docker")
     return _required(known, needed)
@@ -182,6 +192,14 @@ CONTAINER = dict.fromkeys((
         "recursiveReadOnly",
     ))],
 }  # fmt: skip
+CAPACITIES = {
+    "karpenter.sh/capacity-type": ("spot", "on-demand", "reserved"),
+    "eks.amazonaws.com/capacityType": ("SPOT", "ON_DEMAND", "CAPACITY_BLOCK"),
+    "cloud.google.com/gke-spot": ("true",),
+    "cloud.google.com/gke-provisioning": ("spot", "standard"),
+    "kubernetes.azure.com/scalesetpriority": ("spot", "regular"),
+}
+"""Labels of nodes that tell how they are paid for; the first value is spot."""
 METADATA = {"name": None, "namespace": None, "labels": ANY, "annotations": ANY,
             "generateName": None, "finalizers": None}  # fmt: skip
 POD = {
@@ -196,11 +214,28 @@ POD = {
         "setHostnameAsFQDN", "schedulingGates", "hostUsers", "ephemeralContainers",
     )) | {
         "containers!": [CONTAINER], "initContainers": [CONTAINER], "volumes": [VOLUME],
-        "nodeSelector": ANY, "tolerations": [dict.fromkeys((
+        "nodeSelector": ANY | CAPACITIES, "tolerations": [dict.fromkeys((
             "key", "operator", "value", "effect", "tolerationSeconds"))],
     },
 }  # fmt: skip
-GROUP = {"rayStartParams!": ANY, "template!": POD, "labels": ANY, "resources": ANY}
+
+
+@cache
+def ray_start() -> dict[str, Any]:
+    """The options of `ray start`."""
+    from ray.scripts.scripts import start
+
+    return {word.lstrip("-"): WORD for option in start.params for word in option.opts}
+
+
+SERVICE = {"apiVersion": None, "kind": None, "metadata": METADATA, "spec": dict.fromkeys((
+    "type", "ports", "selector", "clusterIP", "clusterIPs", "externalIPs", "externalName",
+    "externalTrafficPolicy", "internalTrafficPolicy", "ipFamilies", "ipFamilyPolicy",
+    "loadBalancerClass", "loadBalancerIP", "loadBalancerSourceRanges", "healthCheckNodePort",
+    "allocateLoadBalancerNodePorts", "publishNotReadyAddresses", "sessionAffinity",
+    "sessionAffinityConfig", "trafficDistribution",
+))}  # fmt: skip
+GROUP = {"rayStartParams!": ray_start, "template!": POD, "labels": ANY, "resources": ANY}
 RAY_CLUSTER = {
     "rayVersion!": None, "enableInTreeAutoscaling!": (True, False), "suspend": (True, False),
     "authOptions!": {"mode!": ("token",), "secretName": None, "enableK8sTokenAuth": None},
@@ -213,7 +248,7 @@ RAY_CLUSTER = {
     },
     "headGroupSpec!": GROUP | {
         "serviceType": ("ClusterIP", "NodePort", "LoadBalancer", "ExternalName"),
-        "headService": None, "enableIngress": (True, False), "ingressOptions": None,
+        "headService": SERVICE, "enableIngress": (True, False), "ingressOptions": None,
     },
     "workerGroupSpecs!": [GROUP | dict.fromkeys((
         "groupName!", "replicas", "minReplicas!", "maxReplicas!", "numOfHosts", "suspend",
@@ -237,10 +272,23 @@ RAY_JOB = {
 }  # fmt: skip
 HEADER = {"apiVersion!": ("ray.io/v1",), "kind!": None, "metadata!": METADATA, "status": None}
 MANIFESTS = {"RayCluster": HEADER | {"spec!": RAY_CLUSTER}, "RayJob": HEADER | {"spec!": RAY_JOB}}
+SELECTOR = {"matchLabels": ANY, "matchExpressions": None}
+NETWORK_POLICY = {
+    "apiVersion!": ("networking.k8s.io/v1",), "kind!": ("NetworkPolicy",), "metadata!": METADATA,
+    "spec!": {
+        "podSelector!": SELECTOR, "policyTypes": None, "egress": None,
+        "ingress": [{"ports": None, "from": [{
+            "podSelector": SELECTOR, "namespaceSelector": SELECTOR,
+            "ipBlock": {"cidr!": None, "except": None},
+        }]}],
+    },
+}  # fmt: skip
 
 
 def wrong_keys(given: Any, table: Any, at: Place = ()) -> Iterator[Problem]:
     """Keys that nobody knows, that are missing, and values outside of what is known."""
+    if callable(table):
+        table = table()
     if isinstance(table, list):
         if isinstance(given, list):
             for index, each in enumerate(given):
@@ -257,9 +305,8 @@ def wrong_keys(given: Any, table: Any, at: Place = ()) -> Iterator[Problem]:
                 at, f"{given!r} is none of {', '.join(names)}{nearest(str(given), names)}"
             )
     elif isinstance(table, dict):
-        if (
-            isinstance(given, list) and len(given) == 1
-        ):  # Ray's example of scheduling is such a list
+        # Ray's example of scheduling is a list
+        if at[-1:] == ("scheduling",) and isinstance(given, list) and len(given) == 1:
             given, at = given[0], (*at, 0)
         yield from _wrong_below(given, table, at)
 
@@ -277,6 +324,3 @@ def _wrong_below(given: Any, table: Mapping[str, Any], at: Place) -> Iterator[Pr
     for key in table:
         if key.endswith("!") and key[:-1] not in given:
             yield Problem(at, f"{key[:-1]} is missing")
-
-
-# ------------------------------------------------------------------------------------------ rules

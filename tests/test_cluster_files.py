@@ -1,6 +1,7 @@
 """The files of `cluster/`, and the linter that finds what Ray's own validator lets pass."""
 
 import copy
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -56,13 +57,17 @@ def below(tree: Tree, path: str) -> Tree:
 def changed(path: Path, where: str, value: Any) -> list[Tree]:
     """A file's documents, the last of which has another value; `...` takes it away."""
     found = trees(path)
+    put(found[-1], where, value)
+    return found
+
+
+def put(tree: Tree, where: str, value: Any) -> None:
     head, _, last = where.rpartition(".")
-    parent = below(found[-1], head)
+    parent = below(tree, head)
     if value is ...:
         del parent[last]
     else:
         parent[int(last) if isinstance(parent, list) else last] = value
-    return found
 
 
 # ------------------------------------------------------------------------------------- our files
@@ -142,8 +147,48 @@ def test_the_image_and_the_files_are_of_the_same_versions() -> None:
         assert f"rayVersion: {version}" in path.read_text()
 
 
-def test_the_script_for_slurm_is_a_script() -> None:
-    subprocess.run(["bash", "-n", CLUSTER / "slurm.sh"], check=True)
+SLURM = {  # what stands in for Slurm's own commands and for the environment's
+    "scontrol": "echo node0",
+    "srun": 'printf "%s\\n" "$1 $2" >> "$LOG"; shift 2; exec "$@"',
+    "rclone": 'printf "rclone %s\\n" "$*" >> "$LOG"',
+    "fusermount3": "exit 1",
+    "ray": '[ "$1" != start ] || printf "%s\\n" "$RAY_AUTH_MODE $*" >> "$LOG"',
+    "python": 'until [ "$(grep -c "^token start" "$LOG")" = 3 ]; do sleep 0.05; done; '
+              'printf "driver %s\\n" "$RAY_ADDRESS $*" >> "$LOG"; exit 7',
+}  # fmt: skip
+
+
+def test_slurm_starts_a_head_trainers_and_data_workers_beside_a_mount(tmp_path: Path) -> None:
+    for command, text in SLURM.items():
+        (tmp_path / command).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / command).chmod(0o755)
+    script = (CLUSTER / "slurm.sh").read_text().replace("/tmp/bitray-data", f"{tmp_path}/data")
+    (tmp_path / "slurm.sh").write_text(script)
+    log = tmp_path / "log"
+    nodes = {f"SLURM_JOB_NUM_NODES_HET_GROUP_{n}": c for n, c in enumerate("121")}
+    given = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "LOG": str(log),
+        "HOME": str(tmp_path),
+        "PYTHON": f"{tmp_path}/python",
+        "SLURM_JOB_NODELIST_HET_GROUP_0": "node0",
+    }
+    done = subprocess.run(["bash", tmp_path / "slurm.sh", "jobs/pretrain.py", "a=b"],
+                          env=given | nodes, check=False, timeout=60)  # fmt: skip
+    assert done.returncode == 7, "that of the driver"
+    lines = log.read_text().splitlines()
+    assert lines[-1] == "driver node0:6379 jobs/pretrain.py a=b"
+    assert (tmp_path / "data").is_dir()
+    mounts = (
+        f"rclone mount :s3,provider=AWS,env_auth:bitray-data {tmp_path}/data --read-only --daemon"
+    )
+    assert lines.count(mounts) == 3
+    steps = [line for line in lines if line.startswith("--het-group")]
+    assert sorted(steps) == [f"--het-group={n} --ntasks={c}" for n, c in enumerate("121")]
+    starts = sorted(line for line in lines if line.startswith("token start"))
+    join = "token start --address=node0:6379 --labels=role="
+    assert starts[:2] == [f"{join}data --block", f"{join}train --block"]
+    assert "--head" in starts[2] and "--num-cpus=0 --labels=role=head" in starts[2]
 
 
 # -------------------------------------------------------------------------------------- mistakes
@@ -153,6 +198,8 @@ AWS, GCP, AZURE, LOCAL, ON_PREM = (CLUSTER / f"{n}.yaml" for n in
 GPU = "available_node_types.gpu"
 NODE = f"{GPU}.node_config"
 HEAD = "available_node_types.head"
+RULE = "provider.security_group.IpPermissions.0"
+WORLD = [{"CidrIp": "0.0.0.0/0"}]
 RAY_CLUSTER, RAY_JOB = KUBERAY
 START = "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=/home/ray/.ray/auth_token; ray start --head"
 
@@ -181,8 +228,14 @@ START = "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=/home/ray/.ray/auth_toke
         (AWS, "head_start_ray_commands.1", f"{START} --dashboard-host 10.0.0.3", "10.0.0.3"),
         (AWS, "worker_start_ray_commands", ["ray start --address=x"], "RAY_AUTH_MODE=token is not"),
         (AWS, "worker_start_ray_commands", ..., "worker_start_ray_commands is missing"),
-        (AWS, "provider.security_group.IpPermissions.0",
-         {"FromPort": 8265, "ToPort": 8265, "IpRanges": [{"CidrIp": "0.0.0.0/0"}]}, "opens more"),
+        (AWS, RULE, {"FromPort": 8265, "ToPort": 8265, "IpRanges": WORLD}, "opens more"),
+        (AWS, RULE, {"FromPort": 22, "ToPort": 9000, "IpRanges": WORLD}, "opens more"),
+        (AWS, RULE, {"IpProtocol": "-1", "IpRanges": WORLD}, "opens more"),
+        (AWS, RULE, {"FromPort": 8265, "ToPort": 8265, "Ipv6Ranges": [{"CidrIpv6": "::/0"}]},
+         "opens more"),
+        (AWS, f"{RULE}.ToPrt", 22, "nearest: 'ToPort'"),
+        (AWS, f"{RULE}.IpRanges.0.CidrIP", "10.0.0.0/8", "nearest: 'CidrIp'"),
+        (AWS, "initialization_commands", ["sudo apt-get install -y fuse3 rclone"], "too old"),
         (AWS, "max_workers", "many", "Ray refuses it"),
         (AWS, f"{GPU}.min_workers", 99, "Ray refuses it"),
         (GCP, "provider.project", "x", "nearest: 'project_id'"),
@@ -191,11 +244,15 @@ START = "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=/home/ray/.ray/auth_toke
         (GCP, f"{NODE}.scheduling", {"preemptible": "yes"}, "'yes' is none of True, False"),
         (GCP, f"{NODE}.scheduling", {"provisioningModel": "Spot"}, "none of SPOT"),
         (GCP, f"{NODE}.scheduling", ..., "not spot ones"),
+        (GCP, f"{NODE}.disks.0.initializeParams.sourceImage", "projects/x/global/images/family/y",
+         "a family's image"),
         (GCP, f"{NODE}.disks.0.initializeParams.diskSizeGB", 9, "nearest: 'diskSizeGb'"),
         (AZURE, "provider.resourcegroup", "x", "nearest: 'resource_group'"),
         (AZURE, f"{NODE}.azure_arm_parameters.vmsize", "x", "nearest: 'vmSize'"),
         (AZURE, f"{NODE}.azure_arm_parameters.priority", "spot", "nearest: 'Spot'"),
         (AZURE, f"{NODE}.azure_arm_parameters.priority", ..., "not spot ones"),
+        (AZURE, f"{NODE}.azure_arm_parameters.imageVersion", "latest", "is not pinned"),
+        (AZURE, f"{NODE}.azure_arm_parameters.imageVersion", ..., "is not pinned"),
         (ON_PREM, "provider.worker_ip", [], "nearest: 'worker_ips'"),
         (ON_PREM, "head_start_ray_commands.1", START, "add --num-cpus=0"),
         (LOCAL, "head_start_ray_commands.1", f"{START} --dashboard-host=0.0.0.0", "listens on"),
@@ -208,6 +265,19 @@ START = "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=/home/ray/.ray/auth_toke
         (RAY_CLUSTER, "spec.headGroupSpec.rayStartParams.num-cpus", "8", "the head takes work"),
         (RAY_CLUSTER, "spec.headGroupSpec.serviceType", "LoadBalancer", "open beyond the cluster"),
         (RAY_CLUSTER, "spec.headGroupSpec.enableIngress", True, "open beyond the cluster"),
+        (RAY_CLUSTER, "spec.headGroupSpec.headService", {"spec": {"type": "LoadBalancer"}},
+         "open beyond the cluster"),
+        (RAY_CLUSTER, "spec.headGroupSpec.headService", {"spec": {"externalIPs": ["192.0.2.1"]}},
+         "open beyond the cluster"),
+        (RAY_CLUSTER, "spec.headGroupSpec.headService", {"spec": {"typ": "x"}}, "nearest: 'type'"),
+        (RAY_CLUSTER, "spec.headGroupSpec.rayStartParams.num-cpu", "0", "nearest: 'num-cpus'"),
+        (RAY_CLUSTER, "spec.workerGroupSpecs.0.rayStartParams.num-gpu", "1", "nearest: 'num-gpus'"),
+        (RAY_CLUSTER, "spec.workerGroupSpecs.0.template.spec.nodeSelector",
+         {"karpenter.sh/capacity-type": "spott"}, "nearest: 'spot'"),
+        (RAY_CLUSTER, "spec.workerGroupSpecs.0.template.spec.nodeSelector",
+         {"karpenter.sh/capacity-typ": "spot"}, "not spot ones"),
+        (RAY_CLUSTER, "spec.headGroupSpec.template.spec.nodeSelector",
+         {"cloud.google.com/gke-spot": "true"}, "a spot head"),
         (RAY_CLUSTER, "spec.workerGroupSpecs.0.minReplica", 0, "nearest: 'minReplicas'"),
         (RAY_CLUSTER, "spec.workerGroupSpecs.1.template.spec.containers.0.image", "ray", "pinned"),
         (RAY_CLUSTER, "spec.workerGroupSpecs.1.template.spec.container", [], "'containers'"),
@@ -229,11 +299,104 @@ def test_a_dashboard_inside_the_cluster_needs_a_policy(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("spec.ingress.0", {}),
+        ("spec.ingress.0.from", []),
+        ("spec.ingress.0.ports", []),
+        ("spec.ingress.0.from.0", {"ipBlock": {"cidr": "0.0.0.0/0"}}),
+        ("spec.ingress.0.from.0", {"namespaceSelector": {}}),
+        ("spec.podSelector", {"matchLabels": {"project": "other"}}),
+        ("spec.podSelector.matchExpressions", [{"key": "x", "operator": "Exists"}]),
+        ("spec.policyTypes", ["Egress"]),
+        ("spec.ingres", []),
+        ("metadata.namespace", "elsewhere"),
+    ],
+)
+def test_a_policy_has_to_keep_strangers_from_the_head(
+    tmp_path: Path, where: str, value: Any
+) -> None:
+    """Where one lets all in, another beside it that does not is no help."""
+    *others, job = trees(RAY_JOB)
+    for each in others:
+        put(each, where, value)
+    harmless = where.endswith("ports")
+    for documents in ([*others, job], [*others, *trees(RAY_JOB)]):
+        opened = any("needs a NetworkPolicy" in line for line in told(tmp_path, documents))
+        lets_in = where.startswith("spec.ingress")
+        assert opened == (not harmless and (lets_in or len(documents) == 2))
+
+
+def test_what_is_there_twice_is_told(tmp_path: Path) -> None:
+    text = LOCAL.read_text().replace("provider:\n", "provider:\n  type: aws\n")
+    text += "auth: {ssh_user: you}\n"
+    assert told(tmp_path, text) == [
+        "provider.type: was already given on line 8",
+        "auth: was already given on line 13",
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".sh"])
+@pytest.mark.parametrize("text", ["", "# nothing\n", "\n\n"])
+def test_a_file_without_a_cluster_is_not_right(tmp_path: Path, text: str, suffix: str) -> None:
+    assert told(tmp_path, text, suffix) == [": nothing in this file starts Ray"]
+
+
+def test_a_manifest_of_something_else_is_no_cluster(tmp_path: Path) -> None:
+    policy = trees(RAY_JOB)[:1]
+    assert told(tmp_path, policy) == [": nothing in this file starts Ray"]
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".sh"])
+def test_a_file_that_is_no_text_has_its_sentence(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"cluster{suffix}"
+    path.write_bytes(b"cluster_name: x\ndocker: \xff\xfe\n")
+    assert [(line, p.text) for line, p in linter.problems(path)] == [
+        (2, "this is not UTF-8: invalid start byte")
+    ]
+
+
+UNSAID, LISTENS = "RAY_AUTH_MODE=token is not exported", "listens on 0.0.0.0"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("RAY_AUTH_MODE=token; ray start", UNSAID),
+        ("RAY_AUTH_MODE=token && ray start", UNSAID),
+        ("# export RAY_AUTH_MODE=token\nray start", UNSAID),
+        ("ray start # export RAY_AUTH_MODE=token", UNSAID),
+        ("ray start; export RAY_AUTH_MODE=token", UNSAID),
+        ("echo 'export RAY_AUTH_MODE=token'; ray start", UNSAID),
+        ("export RAY_AUTH_MODE=token; export RAY_AUTH_MODE=disabled; ray start", UNSAID),
+        ("export RAY_AUTH_MODE=token; unset RAY_AUTH_MODE; ray start", UNSAID),
+        ("export RAY_AUTH_MODE=token-not; ray start", UNSAID),
+        ('bash -c "ray start"', UNSAID),
+        ("export RAY_AUTH_MODE=token\nray start --dashboard-host=127.0.0.1 \\\n"
+         " --dashboard-host=0.0.0.0", LISTENS),
+        ("RAY_AUTH_MODE=token ray start --dashboard-host '0.0.0.0'", LISTENS),
+        ("RAY_AUTH_MODE=token ray start --dashboard-host=0.0.0.0 --dashboard-host=127.0.0.1", None),
+        ("RAY_AUTH_MODE=token ray start", None),
+        ("RAY_AUTH_MODE=token; export RAY_AUTH_MODE; ray start", None),
+        ("export RAY_AUTH_MODE='token'  # yes\n$HOME/bin/ray start", None),
+        ("export RAY_AUTH_MODE=token; srun bash -c 'echo $#; \"$ray\" start' > log 2>&1 &", None),
+        ("env RAY_AUTH_MODE=token ray start", None),
+    ],
+)  # fmt: skip
+def test_a_script_is_read_as_a_shell_reads_it(tmp_path: Path, text: str, said: str | None) -> None:
+    found = told(tmp_path, text, ".sh")
+    assert [line for line in found if not said or said not in line] == []
+    assert bool(found) == bool(said)
+
+
+@pytest.mark.parametrize(
     ("old", "new", "said"),
     [
         ("RAY_AUTH_MODE=token", "RAY_AUTH_MODE=", "RAY_AUTH_MODE=token is not exported"),
         ("--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0", "listens on 0.0.0.0"),
         ("--num-cpus=0", "", "the head takes work"),
+        ("--num-cpus=0", "--num-cpus=0 --num-cpus=8", "the head takes work"),
+        ("set -euo", "apt install rclone; set -euo", "too old to mount"),
     ],
 )
 def test_mistakes_in_a_script_are_found(tmp_path: Path, old: str, new: str, said: str) -> None:
@@ -285,6 +448,7 @@ def test_it_is_a_command(tmp_path: Path) -> None:
 
 def keys_of(tree: Tree, table: Any, at: str = "") -> Iterator[tuple[str, bool]]:
     """Paths whose last key is not of the user's choice, and whether it has to be there."""
+    table = table() if callable(table) else table
     if isinstance(table, list) and isinstance(tree, list):
         for number, each in enumerate(tree):
             yield from keys_of(each, table[0], f"{at}{number}.")
