@@ -49,14 +49,14 @@ def mixture_actor(
         "max_concurrency": 1000,  # calls wait side by side, one for each reader of each stage
     }
     actor: Any = ray.remote(MixtureActor).options(name=name, get_if_exists=True, **options)
-    patience = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         handle = actor.remote(directory, claim, patience)
         try:
             ray.get(handle.ready.remote())
             return handle
         except RayActorError as error:
-            if error.actor_init_failed or time.monotonic() > patience:
+            if error.actor_init_failed or time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
 

@@ -360,6 +360,7 @@ def test_a_name_may_be_taken_again_at_once(tmp_path: Path) -> None:
     import ray
 
     for number in range(4):
-        actor = mixture_actor("mixture-again", str(tmp_path))
+        actor = mixture_actor("mixture-again", str(tmp_path), patience=7.5)
         assert ray.get(actor.open.remote("s", stage()), timeout=60) == number + 1
+        assert ray.get(actor.__ray_call__.remote(lambda self: self._patience)) == 7.5
         del actor
