@@ -102,12 +102,13 @@ def skeleton(files_dir: str | Path, revision: str | None = None) -> PreTrainedMo
 
 def commit_of(hub_id: str, revision: str | None = None) -> str:
     """The commit that a revision of a model on the Hub is now."""
-    with local_model(hub_id):  # `UserError` where it can only be a folder that is not there
-        _config(hub_id, revision)
+    try:
         file = cached_file(hub_id, "config.json", revision=revision)
-        commit = extract_commit_hash(file, None)
-        assert commit is not None, f"{file} lies in no snapshot of the Hub's cache"
-        return commit
+    except (OSError, ValueError) as error:
+        raise UserError(f"{hub_id}: {_why_not(hub_id, error)}") from None
+    commit = extract_commit_hash(file, None)
+    assert commit is not None, f"{file} lies in no snapshot of the Hub's cache"
+    return commit
 
 
 def _config(folder: str, revision: str | None = None) -> PretrainedConfig:

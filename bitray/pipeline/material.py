@@ -7,7 +7,6 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -21,7 +20,7 @@ from bitray.data.settings import DataSettings
 from bitray.data.sources import ASIDE
 from bitray.data.tokenizer import train_tokenizer
 from bitray.data.units import documents
-from bitray.models.loading import commit_of, load_tokenizer
+from bitray.models.loading import commit_of, load_tokenizer, local_model
 from bitray.pipeline.config import Config
 from bitray.pipeline.groups import RowKind
 from bitray.pipeline.identity import FILE
@@ -52,7 +51,8 @@ def at_commit(config: Config) -> Config:
     if model.path is None:
         return config
     if not storage.exists(model.path):
-        commit = commit_of(model.path, model.revision or _commit_of_run(config))
+        with local_model(model.path):  # `UserError` for what can only be a folder
+            commit = commit_of(model.path, model.revision or _commit_of_run(config))
         return config.override({"model.revision": commit})
     if model.revision is not None:
         raise UserError(
@@ -66,8 +66,8 @@ def _commit_of_run(config: Config) -> str | None:
     uri = storage.join(config.run_dir, FILE)
     if config.resume.fresh or not storage.exists(uri):
         return None
-    there: dict[str, Any] = storage.read_json(uri).get("settings", {}).get("model", {})
-    return there["revision"] if there.get("path") == config.model.path else None
+    there: dict[str, str | None] = storage.read_json(uri)["settings"]["model"]
+    return there["revision"] if there["path"] == config.model.path else None
 
 
 def pinned(run_dir: str) -> dict[str, list[FileInfo]]:
