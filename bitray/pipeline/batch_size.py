@@ -7,8 +7,8 @@ from typing import Any
 
 import ray
 
+from bitray.pipeline.checks import outline, teacher_outline
 from bitray.pipeline.config import Config
-from bitray.pipeline.plan import outline, teacher_outline
 from bitray.settings import UserError
 from bitray.training.settings import TrainingSettings
 from bitray.training.trial import Trial, candidates, largest, memory, peak, tried
@@ -80,12 +80,14 @@ def _trials(config: Config, stage: str) -> list[Trial]:
     # a stage's own settings are the pipeline's; the process knows those of training alone
     given = settings.model_dump(include=set(TrainingSettings.model_fields))
     given["max_steps"] = settings.total_steps
+    model = outline(config)
+    teacher = teacher_outline(config) or model
     return [
         Trial(
             settings=TrainingSettings.model_validate(given),
-            model=outline(config).config.to_json_string(use_diff=False),
+            model=model.config.to_json_string(use_diff=False),
             teacher=config.model.teacher,
-            teacher_model=teacher_outline(config).config.to_json_string(use_diff=False),
+            teacher_model=teacher.config.to_json_string(use_diff=False),
             subln=None if settings.dense else config.model.quantization.subln,
             device="cuda" if scaling.use_gpu else "cpu",
             rank=rank,

@@ -18,6 +18,7 @@ from bitray.data.manifest import Manifest, digest
 from bitray.events import FOLDER, Events
 from bitray.lease import Claim
 from bitray.pipeline.batch_size import sized
+from bitray.pipeline.checks import check_model, check_teacher, outline
 from bitray.pipeline.cli import told
 from bitray.pipeline.cluster import preflight, reserved_cpus
 from bitray.pipeline.config import Config
@@ -38,11 +39,8 @@ from bitray.pipeline.material import (
     prepared_beside,
 )
 from bitray.pipeline.plan import (
-    check_model,
     check_resources,
-    check_teacher,
     expected,
-    outline,
     resources,
 )
 from bitray.pipeline.report import Table

@@ -232,21 +232,10 @@ class Stage:
         """The loop at the place where it is to continue."""
         settings = self.settings
         optimizer = settings.optimizer.build(model)
-        position, data = Position(strength=strength, initial_strength=strength), None
         found = from_rank_zero(
             lambda: resume_point(self.config, self.name, self.checkpoints.pass_over)
         )
-        if found:
-            epoch = self.job.claim.epoch
-            flags = from_rank_zero(partial(taken_over, self.config, self.name, found, epoch))
-            position, data = state.resume(found, model, optimizer, flags, self.say)
-        begins = partial(
-            self.checkpoints.note,
-            "resume", step=position.step, directory=found, data_step=data["step"] if data else 0,
-            workers=world()[1], log_every=settings.log_every,
-            prepared=self.job.prepared[RowKind.of(settings)],
-        )  # fmt: skip
-        on_rank_zero(begins)
+        position, data = self.place(found, model, optimizer, strength)
         loop = Loop(
             stage=self.name,
             model=model,
@@ -289,6 +278,28 @@ class Stage:
             # first: a decision has to be taken before a checkpoint of the same step
             loop.hooks = [Every(1, self.influence, "influence"), *loop.hooks]
         return loop
+
+    def place(
+        self,
+        found: str | None,
+        model: LossModel,
+        optimizer: torch.optim.Optimizer,
+        strength: float,
+    ) -> tuple[Position, dict[str, Any] | None]:
+        """Where the loop is to continue: in a checkpoint that was `found`, or at the beginning."""
+        position, data = Position(strength=strength, initial_strength=strength), None
+        if found:
+            epoch = self.job.claim.epoch
+            flags = from_rank_zero(partial(taken_over, self.config, self.name, found, epoch))
+            position, data = state.resume(found, model, optimizer, flags, self.say)
+        begins = partial(
+            self.checkpoints.note,
+            "resume", step=position.step, directory=found, data_step=data["step"] if data else 0,
+            workers=world()[1], log_every=self.settings.log_every,
+            prepared=self.job.prepared[RowKind.of(self.settings)],
+        )  # fmt: skip
+        on_rank_zero(begins)
+        return position, data
 
     def ask(self, method: str, *given: Any) -> Any:
         """What the mixture actor answers about this stage. Its error as it was raised there: Ray's

@@ -7,9 +7,9 @@ import torch
 
 from bitray import Config
 from bitray.models.loading import load_teacher, load_tokenizer
+from bitray.pipeline.checks import outline
 from bitray.pipeline.identity import FILE, claim
 from bitray.pipeline.material import at_commit
-from bitray.pipeline.plan import outline
 from bitray.settings import UserError
 from bitray.storage import read_json
 

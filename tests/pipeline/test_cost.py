@@ -10,8 +10,9 @@ import torch
 from bitray import Config
 from bitray.models.loading import build_model
 from bitray.pipeline.batch_size import probed
+from bitray.pipeline.checks import outline
 from bitray.pipeline.cost import Cost, Expected, comparison, dump, duration, load, money
-from bitray.pipeline.plan import GB, Memory, expected, memory, outline, plan
+from bitray.pipeline.plan import GB, Memory, expected, memory, plan
 from bitray.settings import UserError
 
 
