@@ -66,7 +66,7 @@ def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     began = time.monotonic()
     with patient(1.0), pytest.raises(StorageGone, match=r"s3://b/x: .* answered for 1 s .*SLOW_"):
         retried("s3://b/x", call)
-    assert 1.0 <= time.monotonic() - began < 10
+    assert 1.0 <= time.monotonic() - began < 3
     assert failing() is None and retries._patience == 600
 
 

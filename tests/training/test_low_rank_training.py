@@ -23,7 +23,7 @@ from bitray.training.teacher import InProcessTeacher
 
 SETTINGS = TrainingSettings.model_validate({
     "max_steps": 8, "batch_size": 4, "gradient_accumulation_steps": 3, "max_seq_length": 24,
-    "log_every": 1, "optimizer": {"type": "adamw", "lr": 3e-3}, "lambda_warmup": {"enabled": False},
+    "log_every": 1, "optimizer": {"type": "adamw", "lr": 1e-3}, "lambda_warmup": {"enabled": False},
     "lrc": {"rank": 4}, "activation_checkpointing": True,
     "objectives": {
         "continue_pretrain": {"weight": 0.0}, "hidden_distill": {"weight": 1.0, "loss_type": "mse"},
@@ -87,8 +87,7 @@ def test_two_workers_train_the_corrections_as_one_does(tmp_path: Path) -> None:
         assert found["rest"] == found["losses"][3:]
         # every step has other rows, so single losses say little
         assert np.mean(found["losses"][-3:]) < 0.97 * np.mean(found["losses"][:3])
-    # activations are rounded: a last bit of a correction may become another code of a later layer
-    np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-4)
+    np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-5)
     before = dict(made()[0].model.model.named_parameters())
     for name, value in one["weights"].items():
         moved = not torch.equal(value, before[name].detach())
