@@ -105,6 +105,21 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
+def run_taught(student: str, folder: Path, kind: str, *words: str) -> Road:
+    """A short run with this kind of teacher."""
+    config = Config.load(overrides=[
+        f"output_dir={folder}", f"experiment={kind}", "model=smollm2_135m", f"model.path={student}",
+        f"model.teacher.type={kind}",
+        "data.sources.code.max_bytes=20000", "data.sources.arithmetic.max_bytes=20000",
+        "data.sources.prose.max_bytes=20000", "data.split.validation=0.2", "data.split.probe=0",
+        "training.max_steps=4", "training.batch_size=2", "training.max_seq_length=64",
+        "training.gradient_accumulation_steps=2", "training.log_every=1", "evaluation.rows=2",
+        "scaling.num_workers=1", *words,
+    ])  # fmt: skip
+    run(config)
+    return Road(config)
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_whoever_teaches_the_run_is_the_same(
@@ -119,18 +134,9 @@ def test_whoever_teaches_the_run_is_the_same(
     }
     losses = {}
     for kind, words in kinds.items():
-        config = Config.load(overrides=[
-            f"output_dir={tmp_path}", f"experiment={kind}", "model=smollm2_135m",
-            f"model.path={student}", "training=stage2_pretrain", f"model.teacher.type={kind}",
-            "data.sources.code.max_bytes=20000", "data.sources.arithmetic.max_bytes=20000",
-            "data.sources.prose.max_bytes=20000", "data.split.validation=0.2", "data.split.probe=0",
-            "training.max_steps=4", "training.batch_size=2", "training.max_seq_length=64",
-            "training.gradient_accumulation_steps=2", "training.log_every=1", "evaluation.rows=2",
-            "training.objectives.logits_distill.temperature=1", "scaling.num_workers=1",
-            *words,
-        ])  # fmt: skip
-        run(config)
-        losses[kind] = Road(config).metrics("stage2", "train/logits_distill_loss")
+        said = ("training=stage2_pretrain", "training.objectives.logits_distill.temperature=1")
+        taught = run_taught(student, tmp_path, kind, *said, *words)
+        losses[kind] = taught.metrics("stage2", "train/logits_distill_loss")
     server.close()
     assert server.prompts and len(losses["in_process"]) == 4
     np.testing.assert_allclose(losses["actors"], losses["in_process"], rtol=1e-3)
@@ -145,20 +151,13 @@ def test_actors_teach_block_diffusion_and_what_a_phase_raises(
     """As a teacher in process of which as many tokens are compared; the student knows one more."""
     names, losses = ("logits_distill", "tcs_distill"), {}
     for kind, words in {"in_process": (), "actors": ("model.teacher.cpus=0.25",)}.items():
-        config = Config.load(overrides=[
-            f"output_dir={tmp_path}", f"experiment={kind}", "model=smollm2_135m",
-            f"model.path={student}", "training=dlm_distill", f"model.teacher.type={kind}",
-            "data.sources.code.max_bytes=20000", "data.sources.arithmetic.max_bytes=20000",
-            "data.sources.prose.max_bytes=20000", "data.split.validation=0.2", "data.split.probe=0",
-            "training.max_steps=4", "training.batch_size=2", "training.max_seq_length=64",
-            "training.gradient_accumulation_steps=2", "training.log_every=1", "evaluation.rows=2",
-            "training.objectives.dlm.block=8", "training.objectives.tcs_distill.top_k=64",
+        said = (
+            "training=dlm_distill", "training.objectives.dlm.block=8",
+            "training.objectives.tcs_distill.top_k=64",
             "training.objectives.logits_distill={weight: 0, temperature: 5, top_k: 64}",
             "training.curriculum.phases=[{until: 0.5}, {until: 1, weights: {logits_distill: 1}}]",
-            "scaling.num_workers=1", *words,
-        ])  # fmt: skip
-        run(config)
-        found = Road(config)
+        )  # fmt: skip
+        found = run_taught(student, tmp_path, kind, *said, *words)
         losses[kind] = [found.metrics("dlm_distill", f"train/{name}_loss") for name in names]
     for mine, theirs in zip(losses["actors"], losses["in_process"], strict=True):
         assert len(mine) > 1 and mine[0] > 0
