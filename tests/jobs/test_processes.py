@@ -41,8 +41,8 @@ def call(
 def test_help_and_a_typo_are_answered_at_once(
     tmp_path: Path, job: str, words: list[str], code: int
 ) -> None:
-    """Without the libraries that take seconds to load. Their number is bounded, not the time: of one
-    command that varies by half on a machine that others use."""
+    """Without the libraries that take seconds to load. Their number is bounded, not the time, which
+    for one command varies by half on a machine that others use."""
     done = call(tmp_path, job, *words, PYTHONPROFILEIMPORTTIME="1")
     lines = done.stderr.splitlines()
     imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time")}
