@@ -212,8 +212,9 @@ def manifest_problems(tree: Any, policies: Sequence[Any]) -> Iterator[Problem]:
 def head_problems(head: Any) -> Iterator[Problem]:
     """What is wrong with KubeRay's head, besides its pod."""
     service = _below(head, "headService", "spec")
-    types = {_below(head, "serviceType"), _below(service, "type")} - {None, "ClusterIP"}
-    if types or _below(service, "externalIPs") or head.get("enableIngress"):
+    types = (_below(head, "serviceType"), _below(service, "type"))
+    outside = any(kind not in (None, "ClusterIP") for kind in types)
+    if outside or _below(service, "externalIPs") or head.get("enableIngress"):
         yield Problem((), "the dashboard is open beyond the cluster; take serviceType: ClusterIP "
                       "and no ingress")  # fmt: skip
     cpus = _below(head, "resources", "CPU") or _below(head, "rayStartParams", "num-cpus")
