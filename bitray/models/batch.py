@@ -1,6 +1,6 @@
 """What a model is trained on: one micro-batch of packed rows as tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 IGNORED = -100
 """Label of positions that are not learnt: padding, prompts, the first token of every document."""
+Sees = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Whether, by number of the row, a query's place sees a key's; element by element."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,13 @@ class Batch:
     def origin(self, places: Int[Tensor, " m"]) -> Int[Tensor, " m"]:
         """Where in the batch that a teacher sees these (flattened) places of a view come from."""
         return places
+
+    def sees(self) -> Sees:
+        """Tokens see their own document up to themselves; padding is one of its own."""
+        documents = (self.position_ids == 0).cumsum(1)
+        return lambda row, query, key: (
+            (query >= key) & (documents[row, query] == documents[row, key])
+        )
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from bitray.models.batch import IGNORED, Batch
+from bitray.models.batch import IGNORED, Batch, Sees
 
 CLEAN = -1
 """Number of the copy of a row in which nothing is masked."""
@@ -21,29 +21,32 @@ CLEAN = -1
 class Places(NamedTuple):
     """Where tokens stand, as far as attention has to know."""
 
-    document: Int[Tensor, "batch n"]
+    document: Int[Tensor, "*batch n"]
     """Number of the document in its row."""
-    position: Int[Tensor, "batch n"]
+    position: Int[Tensor, "*batch n"]
     """In the document."""
-    copy: Int[Tensor, "batch n"]
+    copy: Int[Tensor, "*batch n"]
     """Number of the noisy copy, or CLEAN."""
 
 
-def attention_mask(query: Places, key: Places, block: int) -> Bool[Tensor, "batch 1 queries keys"]:
-    """True where a query sees a key, always in its own document. Blocks of `block` tokens begin
-    anew with every document.
+def sees(query: Places, key: Places, block: int) -> Bool[Tensor, "..."]:
+    """Whether a query sees a key, element by element; always in its own document. Blocks of `block`
+    tokens begin anew with every document.
 
     A noisy token sees its block in its own copy, both ways, and the clean tokens of earlier blocks;
     a clean one sees the clean tokens up to itself.
     """
-    document, position, copy = (q[:, :, None] for q in query)
-    other, place, of = (k[:, None, :] for k in key)
-    clean = of == CLEAN
-    noisy = ((copy == of) & (position // block == place // block)) | (
-        clean & (place // block < position // block)
-    )
-    seen = torch.where(copy == CLEAN, clean & (place <= position), noisy)
-    return (seen & (document == other))[:, None]
+    clean = key.copy == CLEAN
+    own, other = query.position // block, key.position // block
+    noisy = ((query.copy == key.copy) & (own == other)) | (clean & (other < own))
+    seen = torch.where(query.copy == CLEAN, clean & (key.position <= query.position), noisy)
+    return seen & (query.document == key.document)
+
+
+def attention_mask(query: Places, key: Places, block: int) -> Bool[Tensor, "batch 1 queries keys"]:
+    """True where a query sees a key."""
+    queries = Places(*(each[:, None, :, None] for each in query))
+    return sees(queries, Places(*(each[:, None, None, :] for each in key)), block)
 
 
 @dataclass(frozen=True)
@@ -83,12 +86,27 @@ class MaskedBatch(Batch):
         of a whole step are drawn before its first forward."""
         if self.block is None:
             return None
+        places = self._places()
+        return attention_mask(places, places, self.block)
+
+    def sees(self) -> Sees:
+        """As `attention_mask`."""
+        if self.block is None:
+            return super().sees()
+        places, block = self._places(), self.block
+
+        def seen(row: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            asks, told = (Places(*(each[row, at] for each in places)) for at in (query, key))
+            return sees(asks, told, block)
+
+        return seen
+
+    def _places(self) -> Places:
         number = torch.arange(self.input_ids.shape[1], device=self.input_ids.device) // self.row
         number = torch.where(number == number[-1], CLEAN, number).expand_as(self.position_ids)
         rows = self.position_ids[:, : self.row]
         documents = (rows == 0).cumsum(1).repeat(1, self.position_ids.shape[1] // self.row)
-        places = Places(documents, self.position_ids, number)
-        return attention_mask(places, places, self.block)
+        return Places(documents, self.position_ids, number)
 
 
 def eligible(batch: Batch) -> Bool[Tensor, "batch length"]:

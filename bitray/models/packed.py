@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bitray.models.attention import PACKED, block_mask
 from bitray.models.batch import Batch
 from bitray.models.diffusion import MaskedBatch
 from bitray.models.mask_token import known_mask_token
@@ -33,4 +34,6 @@ def last_hidden(model: PreTrainedModel, batch: Batch) -> Float[Tensor, "batch le
         mask_token = known_mask_token(model.config)
         inputs["input_ids"] = batch.input_ids.masked_fill(batch.masked, mask_token)
         inputs["attention_mask"] = batch.attention_mask()
+    if model.config._attn_implementation == PACKED:
+        inputs["attention_mask"] = block_mask(batch)
     return model.base_model(**inputs).last_hidden_state

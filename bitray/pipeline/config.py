@@ -97,6 +97,16 @@ class Config(Composed):
                 return f"stages.{name}.{why}"
         return None
 
+    def _attention_problems(self) -> Iterator[str]:
+        """Stages that cannot attend by blocks as they should."""
+        for name, stage in self.stages.items():
+            if stage.attention == "flex" and stage.total_steps:
+                where = f"stages.{name}.attention: flex"
+                if not self.scaling_of(name).use_gpu:
+                    yield f"{where} needs GPUs, these workers have CPUs; take sdpa"
+                elif stage.optimizer.type == "muonclip":
+                    yield f"{where} never makes the logits that muonclip measures; take sdpa"
+
     @property
     def gpu_name(self) -> str | None:
         """The kind of GPU that was chosen."""
@@ -112,6 +122,7 @@ class Config(Composed):
         most = (self.model.config or {}).get("max_position_embeddings")
         return [
             *filter(None, [self.fp8_problem(), self.cost.problem(self.gpu_name)]),
+            *self._attention_problems(),
             *self._besides_stages(),
             *(
                 text

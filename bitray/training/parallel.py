@@ -11,6 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from bitray.models.attention import attend_by_blocks
 from bitray.models.families import decoder_layers
 from bitray.models.losses import LossModel
 from bitray.nn import bit_linears
@@ -37,6 +38,11 @@ def parallelize(
         if any(told):
             raise UserError(f"training.{next(filter(None, told))}")
         settings.fp8.apply(model.model)
+    if settings.attention == "flex":
+        try:
+            attend_by_blocks(model.model, device)
+        except UserError as error:
+            raise UserError(f"training.{error}") from None
     if settings.torch_compile.enabled:
         _compile(layers, settings)
     if settings.activation_checkpointing:

@@ -169,6 +169,8 @@ class TrainingSettings(Settings):
     activation_checkpointing: bool = False
     torch_compile: TorchCompile = TorchCompile()
     fp8: FP8 = FP8()
+    attention: Literal["sdpa", "flex"] = "sdpa"
+    """How the student attends: over dense masks, or (on GPUs) by blocks of what is seen."""
     logits_chunk: int | None = Field(default=None, ge=1)
     """Tokens whose logits exist at a time; None: 256 on CPUs, 2048 on GPUs."""
 

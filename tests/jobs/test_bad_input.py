@@ -135,6 +135,18 @@ def test_8_bit_floats_without_a_gpu_that_has_them(command: Command, flags: list[
     assert "stages.stage1_9.fp8: needs GPUs of compute capability 9.0" in said
 
 
+@pytest.mark.parametrize(("words", "why"), [
+    ([], "needs GPUs, these workers have CPUs; take sdpa"),
+    (["scaling=single_gpu", "training.optimizer.type=muonclip"],
+     "never makes the logits that muonclip measures; take sdpa"),
+])  # fmt: skip
+def test_attention_by_blocks_where_it_cannot_be(
+    command: Command, words: list[str], why: str
+) -> None:
+    said = command("pretrain", "--dry-run", FRESH, "training.attention=flex", *words)
+    assert any(f"stages.stage1_9.attention: flex {why}" in each for each in said.sentences())
+
+
 def test_a_teacher_server_that_is_not_there(command: Command, models: Path) -> None:
     said = command(
         "pretrain", "--dry-run", "training=stage2_pretrain", "model=smollm2_135m",
