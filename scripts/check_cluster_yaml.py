@@ -18,6 +18,7 @@ from cluster_keys import (
     MANIFESTS,
     NETWORK_POLICY,
     PROVIDERS,
+    REQUIRED,
     Place,
     Problem,
     launcher_keys,
@@ -230,13 +231,36 @@ def pod_problems(group: Any, is_head: bool) -> Iterator[Problem]:
     for number, each in enumerate(containers):
         if why := unpinned(_below(each, "image")):
             yield Problem(("containers", number, "image"), why)
-    chosen = _below(pod, "nodeSelector") or {}
-    spot = any(chosen.get(label) == values[0] for label, values in CAPACITIES.items())
+    spot = _is_on_spot(pod)
     limits = [name for each in containers for name in _below(each, "resources", "limits") or ()]
     if is_head and spot:
         yield Problem(("nodeSelector",), SPOT_HEAD)
     elif not is_head and not spot and any(str(name).endswith("/gpu") for name in limits):
         yield Problem(("nodeSelector",), not_spot("kuberay"))
+
+
+def _is_on_spot(pod: Any) -> bool:
+    """Whether a pod can be on spot nodes alone. One of an affinity's terms is enough for a node, so
+    each has to ask for it."""
+    chosen = _below(pod, "nodeSelector") or {}
+    if any(chosen.get(label) == values[0] for label, values in CAPACITIES.items()):
+        return True
+    terms = _below(pod, "affinity", "nodeAffinity", REQUIRED, "nodeSelectorTerms")
+    return bool(terms) and all(map(_asks_for_spot, terms))
+
+
+def _asks_for_spot(term: Any) -> bool:
+    asked = [
+        (CAPACITIES[each["key"]], each["operator"], each.get("values"))
+        for each in _below(term, "matchExpressions") or ()
+        if each["key"] in CAPACITIES
+    ]
+    return any(
+        (operator == "In" and values == [known[0]])
+        # a label that only spot nodes have
+        or (operator == "Exists" and len(known) == 1)
+        for known, operator, values in asked
+    )
 
 
 # What KubeRay adds to the labels of a head.

@@ -200,12 +200,23 @@ CAPACITIES = {
     "kubernetes.azure.com/scalesetpriority": ("spot", "regular"),
 }
 """Labels of nodes that tell how they are paid for; the first value is spot."""
+REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
+AFFINITY = {
+    "podAffinity": None, "podAntiAffinity": None,
+    "nodeAffinity": {
+        "preferredDuringSchedulingIgnoredDuringExecution": None,
+        REQUIRED: {"nodeSelectorTerms!": [{"matchFields": None, "matchExpressions": [{
+            "key!": WORD, "values": None,
+            "operator!": ("In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"),
+        }]}]},
+    },
+}  # fmt: skip
 METADATA = {"name": None, "namespace": None, "labels": ANY, "annotations": ANY,
             "generateName": None, "finalizers": None}  # fmt: skip
 POD = {
     "metadata": METADATA,
     "spec!": dict.fromkeys((
-        "affinity", "serviceAccountName", "serviceAccount", "securityContext", "schedulerName",
+        "serviceAccountName", "serviceAccount", "securityContext", "schedulerName",
         "priorityClassName", "runtimeClassName", "restartPolicy", "imagePullSecrets", "hostNetwork",
         "hostPID", "hostIPC", "hostname", "subdomain", "hostAliases", "dnsPolicy", "dnsConfig",
         "activeDeadlineSeconds", "terminationGracePeriodSeconds", "topologySpreadConstraints",
@@ -214,7 +225,7 @@ POD = {
         "setHostnameAsFQDN", "schedulingGates", "hostUsers", "ephemeralContainers",
     )) | {
         "containers!": [CONTAINER], "initContainers": [CONTAINER], "volumes": [VOLUME],
-        "nodeSelector": ANY | CAPACITIES, "tolerations": [dict.fromkeys((
+        "nodeSelector": ANY | CAPACITIES, "affinity": AFFINITY, "tolerations": [dict.fromkeys((
             "key", "operator", "value", "effect", "tolerationSeconds"))],
     },
 }  # fmt: skip

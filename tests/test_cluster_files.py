@@ -293,6 +293,46 @@ def test_each_mistake_is_found(
     assert any(said in line for line in found), found
 
 
+SPOT = {"key": "karpenter.sh/capacity-type", "operator": "In", "values": ["spot"]}
+EITHER = SPOT | {"values": ["spot", "on-demand"]}
+GKE = {"key": "cloud.google.com/gke-spot", "operator": "Exists"}
+ZONE = {"key": "topology.kubernetes.io/zone", "operator": "In", "values": ["a"]}
+
+
+@pytest.mark.parametrize(("terms", "spot"), [
+    ([[SPOT]], True), ([[ZONE, SPOT], [GKE]], True), ([[ZONE], [SPOT]], False), ([[EITHER]], False),
+    ([[SPOT | {"operator": "NotIn"}]], False), ([[SPOT | {"values": ["spott"]}]], False),
+    ([], False),
+])  # fmt: skip
+def test_spot_nodes_may_be_asked_for_by_affinity(
+    tmp_path: Path, terms: list[list[dict]], spot: bool
+) -> None:
+    asked = {"nodeSelectorTerms": [{"matchExpressions": term} for term in terms]}
+    affinity = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": asked}}
+    found = trees(RAY_CLUSTER)
+    for group in ("headGroupSpec", "workerGroupSpecs.0"):
+        put(found[-1], f"spec.{group}.template.spec.nodeSelector", {})
+        put(found[-1], f"spec.{group}.template.spec.affinity", affinity)
+    lines = told(tmp_path, found)
+    assert any("not spot ones" in line for line in lines) == (not spot)
+    assert any("a spot head" in line for line in lines) == spot
+
+
+@pytest.mark.parametrize(("where", "value", "said"), [
+    ("nodeAffinty", {}, "nearest: 'nodeAffinity'"),
+    ("nodeAffinity", {"requiredDuringSchedulingIgnoredDuringExecutions": {}},
+     "nearest: 'requiredDuringSchedulingIgnoredDuringExecution'"),
+    ("nodeAffinity", {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [
+        {"matchExpressions": [SPOT | {"operator": "in"}]}]}}, "nearest: 'In'"),
+    ("nodeAffinity", {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [
+        {"matchExpressions": [SPOT | {"key": []}]}]}}, "expected a word"),
+])  # fmt: skip
+def test_a_mistyped_affinity_is_found(tmp_path: Path, where: str, value: Any, said: str) -> None:
+    found = trees(RAY_CLUSTER)
+    put(found[-1], "spec.workerGroupSpecs.0.template.spec.affinity", {where: value})
+    assert any(said in line for line in told(tmp_path, found))
+
+
 def test_a_dashboard_inside_the_cluster_needs_a_policy(tmp_path: Path) -> None:
     job = trees(RAY_JOB)[-1:]
     assert any("needs a NetworkPolicy" in line for line in told(tmp_path, job))

@@ -341,6 +341,7 @@ def decision(step: int) -> dict[str, float] | None:
     return None if step % 3 == 0 else {"a": 0.1 + 0.8 * (step % 5) / 5, "b": 0.5}
 
 
+@pytest.mark.slow
 def test_one_two_three_and_four_workers_take_turns_and_are_killed_in_between(
     tmp_path: Path,
 ) -> None:

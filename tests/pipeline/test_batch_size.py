@@ -20,6 +20,7 @@ WORDS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_stage_with_the_largest_micro_batch_ends_at_its_plateau(
     configured: Callable[..., Config], capsys: pytest.CaptureFixture[str]

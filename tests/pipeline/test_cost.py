@@ -105,6 +105,7 @@ def test_nothing_is_made_up_where_the_peak_is_not_known() -> None:
     assert "tokens/s (assumed, at 30% of the peak)" in known and "no price known" in known
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_probe_measures(configured: Callable[..., Config]) -> None:

@@ -16,6 +16,7 @@ from bitray.pipeline.run import run
 SIZE = 300
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_dense_model_learns_block_diffusion(tmp_path: Path) -> None:

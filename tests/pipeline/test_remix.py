@@ -106,6 +106,7 @@ def test_wandb_gets_what_is_told_by_source(remixed: Road) -> None:
     assert list(run.tags) == ["stage0"] and run.display_name == "remixed"
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_kill_changes_no_decision(
     remixed: Road, configured_to_remix: Callable[..., Config]
