@@ -207,7 +207,6 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 def test_lm_eval_finds_the_same_on_a_local_task(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    pytest.importorskip("lm_eval")
     labels = [int(k % 3 == 0) for k in range(len(PROMPTS))]
     rows: list[dict[str, object]] = [
         {"prompt": p, "label": a, "completion": (" good", " bad")[a]}
