@@ -14,15 +14,16 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## text -> ternary model -> GGUF, on the CPUs at hand
 	$(BIN)/python jobs/pretrain.py
 
-# Files of tests share out the cores; a Ray cluster wants all of them, so its tests come one by one.
-APART := -n auto --dist loadfile
+# Tests share out the cores, a thread for each; a Ray cluster wants all of them, so its tests come one
+# by one.
+APART := -n auto --dist worksteal
 
 test: check $(STAMP)  ## what CI runs
-	$(BIN)/python -m pytest -m 'not slow and not ray' $(APART)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not ray' $(APART)
 	$(BIN)/python -m pytest -m 'ray and not slow'
 
 test-all: check $(STAMP)  ## the slow ones too
-	$(BIN)/python -m pytest -m 'not slow and not ray' $(APART)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not ray' $(APART)
 	$(BIN)/python -m pytest -m 'slow or ray'
 
 check: $(STAMP)  ## linters, import rules, types

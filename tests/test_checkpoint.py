@@ -234,7 +234,9 @@ def test_nothing_is_removed_before_a_newer_one_verifies(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------- crashes
 
 
-@pytest.mark.parametrize("step", [2, 3], ids=["fresh", "over a complete one"])
+@pytest.mark.parametrize("step", [
+    pytest.param(2, id="fresh"), pytest.param(3, id="over a complete one", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_crash_at_any_write_leaves_a_whole_checkpoint(tmp_path: Path, step: int) -> None:
     """Step 1 stands throughout; step 3 is the old one, the new one, or does not count."""
     crash, done = 0, False

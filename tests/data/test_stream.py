@@ -257,6 +257,7 @@ def test_every_ticket_once_and_in_order_through_decisions_and_a_killed_worker(
     assert journal(tmp_path, "two")[0].cursors == ends
 
 
+@pytest.mark.slow
 def test_one_worker_without_gates_while_the_actor_is_lost(tmp_path: Path) -> None:
     """Nothing waits for a decision, one comes all the same, and the actor dies on the way."""
     manifest = prepared(tmp_path / "rows")

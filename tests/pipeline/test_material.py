@@ -112,6 +112,7 @@ def test_a_teacher_with_another_tokenizer_than_the_one_trained_here_is_refused(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_training_begins_before_preparing_ends_and_survives_its_failure(
     config: Config, monkeypatch: pytest.MonkeyPatch

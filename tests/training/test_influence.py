@@ -327,7 +327,7 @@ def _worker(rank: int, size: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_number_of_workers_finds_the_same(size: int, tmp_path: Path) -> None:
     """Inner products to rounding, decisions exactly, on every worker."""
     mp.spawn(_worker, (size, tmp_path), nprocs=size)

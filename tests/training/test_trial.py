@@ -60,6 +60,7 @@ def trial(**changes: object) -> Trial:
     return Trial(**values | changes)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_what_a_micro_batch_takes_is_measured_apart_and_more_than_the_limit_is_stopped():
     """64 rows of 512 tokens of 32 floats: every activation kept takes 4 MB. The process that asks
     has been larger itself."""
