@@ -456,8 +456,9 @@ def test_an_interrupted_run_is_continued_by_the_same_command(
 def test_the_same_command_with_other_workers_goes_on(
     configured: Callable[..., Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One, two, three, four workers in the same folder, asked to stop in between, one of the third
-    group killed: the rows are those of the plan and the losses those of one worker."""
+    """One, two, three, four workers in the same folder, with other micro-batches each time, asked
+    to stop in between, one of the third group killed: the rows are those of the plan and the losses
+    those of one worker."""
 
     def disturb(run: Road, size: int) -> None:
         before = {path.parent for path in run.checkpoints("stage0").glob("step_*/COMPLETE")}
@@ -471,9 +472,11 @@ def test_the_same_command_with_other_workers_goes_on(
         (run.folder / "STOP").touch()
 
     said = []
-    for size in (1, 2, 3, 4):
+    for size, (rows, tickets) in zip((1, 2, 3, 4), ((2, 3), (3, 2), (1, 6), (2, 3)), strict=True):
         config = configured(
-            "elastic", f"scaling.num_workers={size}", "scaling.cpus_per_worker=0.25",
+            "elastic", f"training.batch_size={rows}",
+            f"training.gradient_accumulation_steps={tickets}",
+            f"scaling.num_workers={size}", "scaling.cpus_per_worker=0.25",
             "stages.stage0.max_steps=120", "stages.stage0.optimizer.lr=1e-3",
         )  # fmt: skip
         elastic = Road(config)
