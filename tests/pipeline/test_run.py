@@ -345,7 +345,8 @@ def test_a_forked_run_trains_on_and_a_fresh_one_from_the_start(
 ) -> None:
     copy = Road(configured("forked"))
     shutil.copytree(road.folder, copy.folder)
-    shutil.rmtree(copy.final("stage2"))
+    for left in (copy.final("stage2"), copy.checkpoints("stage2") / "step_000012"):
+        shutil.rmtree(left)
     change = "stages.stage2.optimizer.lr=5e-4"
     run(configured("forked", change, "resume.fork=true"))
     assert copy.metrics("stage2")[:8] == road.metrics("stage2")[:8]
