@@ -21,13 +21,13 @@ from torch import nn
 from bitray.models.batch import Batch
 from bitray.models.convert import to_bitnet
 from bitray.models.loading import build_model
-from bitray.models.losses import LossModel, Term
+from bitray.models.losses import Term
 from bitray.nn import BitLinear
 from bitray.nn.linear import _integer_product
 from bitray.objectives import ContinuePretrain
 from bitray.settings import UserError
 from bitray.training.loop import autocast_for
-from bitray.training.parallel import parallelize
+from bitray.training.parallel import parallelize, with_losses
 from bitray.training.settings import TrainingSettings
 
 EXAMPLES = """
@@ -141,7 +141,7 @@ def steps(name: str, device: torch.device, pairs: int) -> Line:
             model = build_model(SHAPES[name])
         if ternary:
             to_bitnet(model, subln="none")
-        wrapped = parallelize(LossModel(model.to(device).train()), settings, device)
+        wrapped = parallelize(with_losses(model.train(), settings, device), settings, device)
         optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-5, fused=True)
 
         def call() -> None:

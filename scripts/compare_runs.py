@@ -42,7 +42,7 @@ from bitray.models.mask_token import learn_mask_token, mask_token_id
 from bitray.nn import LowRank, set_strength
 from bitray.settings import UserError
 from bitray.training.loop import Every, Loop, autocast_for
-from bitray.training.parallel import parallelize, world
+from bitray.training.parallel import parallelize, with_losses, world
 from bitray.training.settings import TrainingSettings
 from bitray.training.state import Position
 from bitray.training.teacher import InProcessTeacher, open_teacher
@@ -132,7 +132,7 @@ def _measure(config: Config, stage: str, steps: int, device: torch.device, folde
     settings = config.stages[stage].model_copy(update={"max_steps": steps, "log_every": 1})
     model, teacher = _models(config, stage, settings, device, folder)
     vocabulary = mask_token_id(model.config) or model.config.vocab_size
-    wrapped = LossModel(model, settings.logits_chunk).to(device)
+    wrapped = with_losses(model, settings, device)
     parallelize(wrapped, settings, device, config.scaling_of(stage).sharding == "hybrid")
     autocast, found = autocast_for(device, settings.precision), Found()
     _probe(wrapped, rows(settings, 0, vocabulary).to(device), autocast, found)

@@ -17,13 +17,13 @@ from transformers.masking_utils import sdpa_mask
 from bitray.models.batch import Batch
 from bitray.settings import UserError
 
-PACKED = "packed"
+FLEX = "flex"
 """The name under which transformers knows it."""
 _LEAST_WIDTH = 16
 """Of a head, for its kernels."""
 
 
-def packed_attention(
+def _attention(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -39,8 +39,8 @@ def packed_attention(
     return flex_attention_forward(module, query, key, value, attention_mask, **options)
 
 
-AttentionInterface.register(PACKED, packed_attention)
-AttentionMaskInterface.register(PACKED, sdpa_mask)
+AttentionInterface.register(FLEX, _attention)
+AttentionMaskInterface.register(FLEX, sdpa_mask)
 
 
 def attend_by_blocks(model: PreTrainedModel, device: torch.device) -> None:
@@ -56,8 +56,8 @@ def attend_by_blocks(model: PreTrainedModel, device: torch.device) -> None:
         else None
     )  # fmt: skip
     if why is not None:
-        raise UserError(f"attention: flex {why}; take sdpa")
-    config._attn_implementation = PACKED
+        raise UserError(f"training.attention: flex {why}; take sdpa")
+    config._attn_implementation = FLEX
 
 
 def block_mask(batch: Batch) -> BlockMask:

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bitray.models.attention import PACKED, block_mask
+from bitray.models.attention import FLEX, block_mask
 from bitray.models.batch import Batch
 from bitray.models.diffusion import MaskedBatch
 from bitray.models.mask_token import known_mask_token
@@ -30,10 +30,11 @@ def packed_inputs(batch: Batch) -> Mapping[str, Any]:
 def last_hidden(model: PreTrainedModel, batch: Batch) -> Float[Tensor, "batch length hidden"]:
     """The input of the output head: hidden states after the final norm."""
     inputs = dict(packed_inputs(batch))
+    by_blocks = model.config._attn_implementation == FLEX
     if isinstance(batch, MaskedBatch):
         mask_token = known_mask_token(model.config)
         inputs["input_ids"] = batch.input_ids.masked_fill(batch.masked, mask_token)
-        inputs["attention_mask"] = batch.attention_mask()
-    if model.config._attn_implementation == PACKED:
+        inputs["attention_mask"] = None if by_blocks else batch.attention_mask()
+    if by_blocks:
         inputs["attention_mask"] = block_mask(batch)
     return model.base_model(**inputs).last_hidden_state

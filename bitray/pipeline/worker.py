@@ -58,6 +58,7 @@ from bitray.training.parallel import (
     from_rank_zero,
     on_rank_zero,
     parallelize,
+    with_losses,
     world,
 )
 from bitray.training.state import Position
@@ -173,7 +174,7 @@ class Stage:
         )
         model, strength = student.make(tokenizer)
         self.files = model_files(model, tokenizer)
-        wrapped = LossModel(model, self.settings.logits_chunk).to(self.device)
+        wrapped = with_losses(model, self.settings, self.device)
         check_documents_isolated(model, self.device)
         scaling = self.config.scaling_of(self.name)
         parallelize(wrapped, self.settings, self.device, scaling.sharding == "hybrid")

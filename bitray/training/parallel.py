@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from transformers import PreTrainedModel
 
 from bitray.models.attention import attend_by_blocks
 from bitray.models.families import decoder_layers
@@ -27,6 +28,15 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def with_losses(
+    model: PreTrainedModel, settings: TrainingSettings, device: torch.device
+) -> LossModel:
+    """A model with its losses, on its device, attending as the settings say."""
+    if settings.attention == "flex":
+        attend_by_blocks(model, device)
+    return LossModel(model, settings.logits_chunk).to(device)
+
+
 def parallelize(
     model: LossModel, settings: TrainingSettings, device: torch.device, hybrid: bool = False
 ) -> LossModel:
@@ -38,11 +48,6 @@ def parallelize(
         if any(told):
             raise UserError(f"training.{next(filter(None, told))}")
         settings.fp8.apply(model.model)
-    if settings.attention == "flex":
-        try:
-            attend_by_blocks(model.model, device)
-        except UserError as error:
-            raise UserError(f"training.{error}") from None
     if settings.torch_compile.enabled:
         _compile(layers, settings)
     if settings.activation_checkpointing:

@@ -31,7 +31,7 @@ from bitray.models.losses import LossModel
 from bitray.models.low_rank import add_corrections, corrected_layers, train_corrections_only
 from bitray.models.sparse import TopK
 from bitray.training.loop import Every, Loop, autocast_for
-from bitray.training.parallel import parallelize, world
+from bitray.training.parallel import parallelize, with_losses, world
 from bitray.training.settings import TrainingSettings
 from bitray.training.teacher import Teacher, placed
 from bitray.training.teacher_settings import Actors, Server, Teachers
@@ -163,7 +163,7 @@ def _some_steps(trial: Trial, batch_size: int, device: torch.device) -> float:
         if not corrected_layers(student):
             add_corrections(student, settings.lrc.rank)
         train_corrections_only(student)
-    model = LossModel(student, settings.logits_chunk).to(device).train()
+    model = with_losses(student, settings, device).train()
     parallelize(model, settings, device)
     optimizer = settings.optimizer.build(model)
     _take_state(model, optimizer)

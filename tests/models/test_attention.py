@@ -8,11 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_diffusion import WIDTH, random_view, rows
-from tiny_models import make_batch, make_model
+from tiny_models import VOCABULARY, make_batch, make_model
 from torch import Tensor
 
-from bitray.models.attention import PACKED, attend_by_blocks, block_mask
+from bitray.models.attention import FLEX, attend_by_blocks, block_mask
 from bitray.models.batch import Batch
+from bitray.models.diffusion import MaskedBatch
 from bitray.models.isolation import check_documents_isolated
 from bitray.models.packed import last_hidden, packed_inputs
 from bitray.settings import UserError
@@ -66,7 +67,7 @@ def test_hidden_states_by_blocks_are_those_by_masks(uncompiled: None, view: bool
     with torch.no_grad():
         dense = model.base_model(**inputs).last_hidden_state
         inputs["attention_mask"] = block_mask(batch)
-        model.config._attn_implementation = PACKED
+        model.config._attn_implementation = FLEX
         blocks = model.base_model(**inputs).last_hidden_state
     torch.testing.assert_close(blocks, dense, rtol=1e-4, atol=1e-5)
 
@@ -80,15 +81,30 @@ def test_hidden_states_by_blocks_are_those_by_masks(uncompiled: None, view: bool
 ])  # fmt: skip
 def test_what_flex_attention_does_not_fit(device: str, changes: dict, why: str) -> None:
     model = make_model("qwen2" if "sliding_window" in changes else "llama", **changes)
-    with pytest.raises(UserError, match=rf"attention: flex .*{why}.*; take sdpa"):
+    with pytest.raises(UserError, match=rf"training\.attention: flex .*{why}.*; take sdpa"):
         attend_by_blocks(model, torch.device(device))
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_by_blocks_documents_do_not_see_each_other(uncompiled: None) -> None:
+def test_by_blocks_documents_do_not_see_each_other(
+    uncompiled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_model().eval()
     attend_by_blocks(model, torch.device("cuda"))  # in evaluation CPUs can do it
     check_documents_isolated(model, "cpu")
+    monkeypatch.setattr(Batch, "sees", lambda _: lambda row, query, key: query >= key)
+    with pytest.raises(UserError, match=r"see each other.*with attention 'flex', use 'sdpa'"):
+        check_documents_isolated(model, "cpu")
+
+
+def test_by_blocks_no_whole_mask_is_made(uncompiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, view = make_model().eval(), random_view([[9, 5], [16]], 4)
+    model.config.mask_token_id = VOCABULARY - 1
+    with torch.no_grad():
+        expected = last_hidden(model, view)
+        attend_by_blocks(model, torch.device("cuda"))
+        monkeypatch.delattr(MaskedBatch, "attention_mask")
+        torch.testing.assert_close(last_hidden(model, view), expected, rtol=1e-4, atol=1e-5)
 
 
 @on_gpu
@@ -106,6 +122,7 @@ def test_gradients_on_a_gpu_are_those_by_masks(view: bool, compiled: bool) -> No
 
     def run(by_blocks: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
         model: Any = make_model(num_attention_heads=6, num_key_value_heads=2, head_dim=32).cuda()
+        model.config.mask_token_id = VOCABULARY - 1
         if by_blocks:
             attend_by_blocks(model, torch.device("cuda"))
         if compiled:
