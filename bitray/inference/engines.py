@@ -143,7 +143,8 @@ class GGUFEngine:
         formatter = Jinja2ChatFormatter(
             template, eos_token=self._text_of("eos"), bos_token=self._text_of("bos")
         )
-        prompt = formatter(messages=list(messages)).prompt
+        said: Any = list(messages)  # typed more narrowly there
+        prompt = formatter(messages=said).prompt
         return list(self.llama.tokenize(prompt.encode(), add_bos=False, special=True))
 
     def _text_of(self, kind: str) -> str:
