@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from keep import Keep
 from transformers import PreTrainedModel
 
 from bitray import Config
@@ -80,19 +81,6 @@ class Road:
         return plans
 
 
-class Kept:
-    """A sink that keeps the loss of every step."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-
-    def write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
-        self.losses.append(metrics["train/loss"])
-
-    def flush(self) -> None: ...
-    def close(self) -> None: ...
-
-
 def alone(
     road: Road, stage: str, start: PreTrainedModel | None = None, resumed: str | None = None
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -109,7 +97,7 @@ def alone(
     if stage != "stage0":
         dense = load_teacher(road.final("stage0"), torch.float32, CPU)
         teacher = InProcessTeacher(dense, autocast_for(CPU, "auto"))
-    model, kept = LossModel(start, settings.logits_chunk), Kept()
+    model, kept = LossModel(start, settings.logits_chunk), Keep()
     optimizer = settings.optimizer.build(model)
     position, step = Position(strength=strength, initial_strength=strength), 0
     if resumed:
@@ -124,7 +112,7 @@ def alone(
         tickets_per_step=settings.gradient_accumulation_steps,
     )  # fmt: skip
     loop.run(reader.batches(step * settings.gradient_accumulation_steps))
-    return kept.losses, {name: value.clone() for name, value in model.model.state_dict().items()}
+    return kept.values, {name: value.clone() for name, value in model.model.state_dict().items()}
 
 
 def weights(checkpoint: str) -> dict[str, torch.Tensor]:

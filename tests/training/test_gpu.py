@@ -1,6 +1,6 @@
 """The loop on one GPU: bf16 under autocast, compiled, laid over a mesh of one, every optimizer."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from keep import Keep
 from torch.distributed.device_mesh import init_device_mesh
 
 from bitray import checkpoint
@@ -17,11 +18,10 @@ from bitray.models.convert import to_bitnet
 from bitray.models.families import decoder_layers
 from bitray.models.isolation import check_documents_isolated
 from bitray.models.loading import build_model
-from bitray.models.losses import LossModel
 from bitray.nn import bit_linears
 from bitray.training import state
 from bitray.training.loop import Every, Loop, autocast_for
-from bitray.training.parallel import _shard, parallelize
+from bitray.training.parallel import _shard, parallelize, with_losses
 from bitray.training.settings import Resume, TrainingSettings
 from bitray.training.teacher import InProcessTeacher
 
@@ -40,19 +40,6 @@ DISTILLED = {
     "continue_pretrain": {"weight": 0.5}, "logits_distill": {"weight": 0.5},
     "hidden_distill": {"weight": 1.0}, "attention_distill": {"weight": 1.0},
 }  # fmt: skip
-
-
-class Kept:
-    """A sink that keeps the loss of every step."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-
-    def write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
-        self.losses.append(metrics["train/loss"])
-
-    def flush(self) -> None: ...
-    def close(self) -> None: ...
 
 
 @pytest.fixture
@@ -80,21 +67,21 @@ def tickets() -> Iterator[tuple[int, Batch]]:
         yield ticket, Batch.from_rows(ids, [[50, 60]] * 4, [0] * 4)
 
 
-def loop(given: TrainingSettings, sharded: bool = False) -> tuple[Loop, Kept]:
+def loop(given: TrainingSettings, sharded: bool = False) -> tuple[Loop, Keep]:
     torch.manual_seed(0)
-    model = LossModel(to_bitnet(build_model(CONFIG), "paper").to(GPU))
+    student = to_bitnet(build_model(CONFIG), "paper").to(GPU)
+    model = with_losses(student, given, GPU)
+    check_documents_isolated(student, GPU)
     parallelize(model, given, GPU)
     if sharded:
         _shard(model, decoder_layers(model.model), init_device_mesh("cuda", (1,)))
-    torch.manual_seed(1)
-    dense = build_model(CONFIG | {"initializer_range": 0.2}).requires_grad_(False).to(GPU)
-    teacher = None if given.objectives.hidden_distill is None else dense
-    kept = Kept()
-    autocast = autocast_for(GPU, "auto")
-    made = Loop(
-        "here", model, given.optimizer.build(model), given, GPU, autocast, sinks=[kept],
-        teacher=teacher and InProcessTeacher(teacher, autocast),
-    )  # fmt: skip
+    kept, autocast, teacher = Keep(), autocast_for(GPU, "auto"), None
+    if given.needs_teacher:
+        torch.manual_seed(1)
+        dense = build_model(CONFIG | {"initializer_range": 0.2}).requires_grad_(False).to(GPU)
+        teacher = InProcessTeacher(dense, autocast)
+    optimizer = given.optimizer.build(model)
+    made = Loop("here", model, optimizer, given, GPU, autocast, teacher=teacher, sinks=[kept])
     return made, kept
 
 
@@ -106,7 +93,7 @@ def test_every_optimizer_learns(kind: str) -> None:
         pytest.importorskip("bitsandbytes")
     run, kept = loop(settings(optimizer={"type": kind}, max_steps=30))
     run.run(tickets())
-    assert kept.losses[-1] < 0.9 * kept.losses[0]
+    assert kept.values[-1] < 0.9 * kept.values[0]
 
 
 @pytest.mark.parametrize("changes", [
@@ -120,10 +107,9 @@ def test_sharded_it_loses_as_unsharded(group: None, changes: dict, objectives: d
     plain, expected = loop(settings(objectives=objectives))
     plain.run(tickets())
     run, kept = loop(settings(objectives=objectives, **changes), sharded=True)
-    check_documents_isolated(run.model, GPU)
     run.run(tickets())
-    np.testing.assert_allclose(kept.losses, expected.losses, rtol=2e-2)
-    assert kept.losses[-1] < kept.losses[0]
+    np.testing.assert_allclose(kept.values, expected.values, rtol=2e-2)
+    assert kept.values[-1] < kept.values[0]
     assert all(p.dtype == torch.float32 and p.is_cuda for p in run.model.parameters())
     for layer in bit_linears(run.model):
         assert set(layer.quantized()[0].unique().tolist()) <= {-1, 0, 1}
@@ -148,4 +134,4 @@ def test_saved_beside_training_and_resumed(group: None, tmp_path: Path) -> None:
     assert data is not None and rest.position.step == 6
     rest.data_step = data["step"]
     rest.run(islice(tickets(), 2 * rest.data_step, None))
-    np.testing.assert_allclose(first.losses + second.losses, expected.losses, rtol=1e-4)
+    np.testing.assert_allclose(first.values + second.values, expected.values, rtol=1e-4)

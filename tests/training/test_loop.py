@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from keep import Keep
 
 from bitray import checkpoint
 from bitray.models.batch import IGNORED, Batch
@@ -62,20 +63,6 @@ def loop(given: TrainingSettings, **parts: object) -> Loop:
     model = LossModel(to_bitnet(build_model(CONFIG), "paper"))
     optimizer = given.optimizer.build(model)
     return Loop("here", model, optimizer, given, CPU, autocast_for(CPU, "auto"), **parts)  # type: ignore[arg-type]
-
-
-class Keep:
-    """A sink that keeps one metric."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.values: list[float] = []
-
-    def write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
-        self.values.append(metrics[self.name])
-
-    def flush(self) -> None: ...
-    def close(self) -> None: ...
 
 
 def weights(of: Loop) -> dict[str, torch.Tensor]:

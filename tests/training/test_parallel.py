@@ -2,7 +2,7 @@
 
 import errno
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from keep import Keep
 
 from bitray.data.tickets import EMPTY, Deal
 from bitray.inference.evaluation import evaluate
@@ -42,19 +43,6 @@ OBJECTIVES = {
     "continue_pretrain": {"weight": 0.5}, "logits_distill": {"weight": 0.5},
     "hidden_distill": {"weight": 1.0}, "attention_distill": {"weight": 1.0},
 }  # fmt: skip
-
-
-class Kept:
-    """A sink that keeps the loss of every step."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-
-    def write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
-        self.losses.append(metrics["train/loss"])
-
-    def flush(self) -> None: ...
-    def close(self) -> None: ...
 
 
 def row(number: int) -> tuple[np.ndarray, list[int]]:
@@ -89,14 +77,14 @@ def settings(kind: str = BLENDED, micro_batches: int = 3, **changes: Any) -> Tra
     return TrainingSettings.model_validate(values)
 
 
-def loop(kind: str, given: TrainingSettings) -> tuple[Loop, Kept]:
+def loop(kind: str, given: TrainingSettings) -> tuple[Loop, Keep]:
     torch.manual_seed(0)
     model = build_model(CONFIG)
     model = model if kind == DENSE else to_bitnet(model, "paper")
     wrapped = parallelize(LossModel(model, given.logits_chunk), given, CPU)
     torch.manual_seed(1)
     dense = build_model(CONFIG | {"initializer_range": 0.2}).requires_grad_(False)
-    kept = Kept()
+    kept = Keep()
     made = Loop(
         "here", wrapped, given.optimizer.build(wrapped), given, CPU, autocast_for(CPU, "auto"),
         teacher=None if kind == DENSE else InProcessTeacher(dense, autocast_for(CPU, "auto")),
@@ -120,7 +108,7 @@ def trained(kind: str, given: TrainingSettings, resumed: str | None = None) -> d
     deal = Deal(given.gradient_accumulation_steps, world()[1])
     run.run(tickets(deal, given.batch_size, start))
     return {
-        "losses": kept.losses,
+        "losses": kept.values,
         "weights": {name: whole(p) for name, p in run.model.model.named_parameters()},
         "codes": [layer.quantized()[0] for layer in bit_linears(run.model)],
         "held out": evaluate(run.model, held_out(), CPU, autocast_for(CPU, "auto")),
@@ -161,7 +149,7 @@ def everything(folder: Path) -> dict[str, Any]:
     held = state.as_json(run.position, {"step": run.data_step})
     state.save(directory, run.model, run.optimizer, held, {})
     found["resumed"] = trained(BLENDED, half, directory)
-    found["resumed"]["losses"] = kept.losses + found["resumed"]["losses"]
+    found["resumed"]["losses"] = kept.values + found["resumed"]["losses"]
     found["poisoned"] = poisoned()
     for each in found.values():
         each.pop("after", None)
@@ -183,7 +171,7 @@ def poisoned() -> dict[str, Any]:
     embedding.register_forward_hook(poison)
     run.run(tickets(Deal(3, world()[1]), given.batch_size))
     return {
-        "losses": kept.losses,
+        "losses": kept.values,
         "weights": {name: whole(p) for name, p in run.model.model.named_parameters()},
         "held out": [run.position.skipped, *run.position.norms],
     }
@@ -226,7 +214,7 @@ def link(folder: Path, kind: str, size: int) -> list[float]:
     run.run(tickets(Deal(3, world()[1]), given.batch_size, run.data_step))
     held = state.as_json(run.position, {"step": run.data_step})
     state.save(f"{folder}/{kind}_{size}", run.model, run.optimizer, held, {})
-    return kept.losses
+    return kept.values
 
 
 def some(folder: Path, size: int) -> dict[str, list[float]]:
