@@ -16,14 +16,14 @@ demo: $(STAMP)  ## text -> ternary model -> GGUF, on the CPUs at hand
 
 # Tests share out the cores, a thread for each; a Ray cluster wants all of them, so its tests come one
 # by one.
-APART := -n auto --dist worksteal
+APART := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not ray' -n auto --dist worksteal
 
 test: check $(STAMP)  ## what CI runs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not ray' $(APART)
+	$(APART)
 	$(BIN)/python -m pytest -m 'ray and not slow'
 
 test-all: check $(STAMP)  ## the slow ones too
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not ray' $(APART)
+	$(APART)
 	$(BIN)/python -m pytest -m 'slow or ray'
 
 check: $(STAMP)  ## linters, import rules, types

@@ -264,6 +264,7 @@ START = "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=/home/ray/.ray/auth_toke
         (RAY_CLUSTER, "spec.headGroupSpec.rayStartParams", {"num-cpus": "0"}, "listens on 0.0.0.0"),
         (RAY_CLUSTER, "spec.headGroupSpec.rayStartParams.num-cpus", "8", "the head takes work"),
         (RAY_CLUSTER, "spec.headGroupSpec.serviceType", "LoadBalancer", "open beyond the cluster"),
+        (RAY_CLUSTER, "spec.headGroupSpec.serviceType", [], "[] is none of ClusterIP"),
         (RAY_CLUSTER, "spec.headGroupSpec.enableIngress", True, "open beyond the cluster"),
         (RAY_CLUSTER, "spec.headGroupSpec.headService", {"spec": {"type": "LoadBalancer"}},
          "open beyond the cluster"),
