@@ -7,7 +7,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_parallel import CONFIG, CPU, Kept, tickets, whole
+from keep import Keep
+from test_parallel import CONFIG, CPU, tickets, whole
 
 from bitray.data.tickets import Deal
 from bitray.models.convert import to_bitnet
@@ -32,7 +33,7 @@ SETTINGS = TrainingSettings.model_validate({
 })  # fmt: skip
 
 
-def made() -> tuple[Loop, Kept]:
+def made() -> tuple[Loop, Keep]:
     torch.manual_seed(0)
     dense = build_model(CONFIG | {"initializer_range": 0.2})
     student = build_model(CONFIG)
@@ -42,7 +43,7 @@ def made() -> tuple[Loop, Kept]:
     train_corrections_only(student)
     model = parallelize(LossModel(student), SETTINGS, CPU)
     teacher = InProcessTeacher(dense.requires_grad_(False), autocast_for(CPU, "auto"))
-    kept, optimizer = Kept(), SETTINGS.optimizer.build(model)
+    kept, optimizer = Keep(), SETTINGS.optimizer.build(model)
     parts = (SETTINGS, CPU, autocast_for(CPU, "auto"), teacher)
     return Loop("lrc", model, optimizer, *parts, sinks=[kept]), kept
 
@@ -65,8 +66,8 @@ def trained(folder: Path) -> dict[str, Any]:
     rest.data_step = 3
     rest.run(tickets(deal, SETTINGS.batch_size, 3))
     return {
-        "losses": kept.losses,
-        "rest": again.losses,
+        "losses": kept.values,
+        "rest": again.values,
         "weights": {name: whole(p) for name, p in run.model.model.named_parameters()},
     }
 
