@@ -23,7 +23,7 @@ from bitray.models.convert import to_bitnet
 from bitray.models.loading import build_model
 from bitray.models.losses import Term
 from bitray.nn import BitLinear
-from bitray.nn.linear import _integer_product
+from bitray.nn.product import ternary_product
 from bitray.objectives import ContinuePretrain
 from bitray.settings import UserError
 from bitray.training.loop import autocast_for
@@ -109,15 +109,16 @@ def layers(tokens: int, inner: int, outer: int, device: torch.device, pairs: int
 
 
 def products(tokens: int, inner: int, outer: int, device: torch.device, pairs: int) -> Line:
-    """The integer product alone against the product of what training would else use."""
+    """The product of codes, scaled, against the bare product of what training would else use."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     x = torch.randint(-127, 128, (tokens, inner), device=device, dtype=torch.int8)
     w = torch.randint(-1, 2, (outer, inner), device=device, dtype=torch.int8)
     dense_x, dense_w = torch.randn_like(x, dtype=dtype), torch.randn_like(w, dtype=dtype)
+    scale, weight_scale = torch.rand(tokens, 1, device=device), torch.rand((), device=device)
 
     def ours() -> None:
         for _ in range(10):
-            _integer_product(x, w, dtype)
+            ternary_product(x, scale, w, weight_scale, None, dtype)
 
     def dense() -> None:
         for _ in range(10):

@@ -65,7 +65,7 @@ def test_the_kernels_of_integers_change_nothing(monkeypatch: pytest.MonkeyPatch)
     """Int8 hardware, or floats over integers."""
     found = []
     for int8_hardware in (True, False):
-        monkeypatch.setattr("bitray.nn.linear._VNNI", int8_hardware)
+        monkeypatch.setattr("bitray.nn.product._VNNI", int8_hardware)
         found.append(numbers("stage2", "stages.stage2.lambda_warmup.warmup_steps=0"))
     for difference in compared(*found):
         assert difference.within(1e-12), difference

@@ -3,7 +3,8 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bitray.nn.linear import BitLinear, _integer_product, compute_dtype
+from bitray.nn.linear import BitLinear, compute_dtype
+from bitray.nn.product import ternary_product
 from bitray.nn.quantize import int8_per_token
 
 
@@ -26,8 +27,7 @@ class FrozenBitLinear(nn.Module):
         if self.subln is not None:
             x = self.subln(x)
         codes, scale = int8_per_token(x)
-        out = _integer_product(codes, self.codes, dtype) * (scale * self.scale)
-        return (out if self.bias is None else out + self.bias).to(dtype)
+        return ternary_product(codes, scale, self.codes, self.scale, self.bias, dtype)
 
 
 def freeze(model: nn.Module) -> None:

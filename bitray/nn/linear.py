@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from bitray.nn.correction import LowRankCorrection
 from bitray.nn.fp8 import TernaryFP8
 from bitray.nn.norm import SubLN
+from bitray.nn.product import ternary_product
 from bitray.nn.quantize import (
     int8_per_token,
     ternary,
@@ -26,9 +27,6 @@ from bitray.nn.quantize import (
 )
 from bitray.nn.sparse import sparse
 from bitray.settings import UserError
-
-_VNNI = torch.cpu._is_vnni_supported() and torch.backends.mkldnn.is_available()
-"""Without VNNI oneDNN may saturate int8 products, which would not be exact."""
 
 
 class BitLinear(nn.Module):
@@ -171,9 +169,8 @@ class _Ternary(torch.autograd.Function):
         weight_scale = ternary_scale(weight)
         ctx.save_for_backward(codes, scale, weight, weight_scale)
         ctx.dtype, ctx.input_dtype = dtype, x.dtype
-        product = _integer_product(codes, ternary_codes(weight, weight_scale), dtype)
-        out = product * (scale * weight_scale)
-        return (out if bias is None else out + bias).to(dtype)
+        signs = ternary_codes(weight, weight_scale)
+        return ternary_product(codes, scale, signs, weight_scale, bias, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -245,16 +242,3 @@ def _bias_grad(ctx: Any, grad: Tensor) -> Tensor | None:
     if not ctx.needs_input_grad[2]:
         return None
     return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32)
-
-
-def _integer_product(x_codes: Tensor, weight_codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x_codes @ weight_codes.T` in fp32: exact, since 128 * in < 2^24 for in <= 131072.
-
-    In bf16 the codes and the accumulation are exact too; only the result is rounded, as everywhere
-    under autocast.
-    """
-    if x_codes.device.type == "cpu" and _VNNI and x_codes.shape[-1] > 1:  # wrong for width 1
-        flat = x_codes.reshape(-1, x_codes.shape[-1])
-        product = torch._int_mm(flat, weight_codes.to(torch.int8).t())
-        return product.view(*x_codes.shape[:-1], weight_codes.shape[0]).float()
-    return F.linear(x_codes.to(dtype), weight_codes.to(dtype)).float()

@@ -109,6 +109,7 @@ def test_by_blocks_no_whole_mask_is_made(uncompiled: None, monkeypatch: pytest.M
 
 @on_gpu
 @pytest.mark.gpu
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("view", [False, True])
 def test_gradients_on_a_gpu_are_those_by_masks(view: bool, compiled: bool) -> None:
@@ -121,7 +122,7 @@ def test_gradients_on_a_gpu_are_those_by_masks(view: bool, compiled: bool) -> No
     })  # fmt: skip
 
     def run(by_blocks: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
-        model: Any = make_model(num_attention_heads=6, num_key_value_heads=2, head_dim=32).cuda()
+        model: Any = make_model(num_attention_heads=4, num_key_value_heads=2, head_dim=32).cuda()
         model.config.mask_token_id = VOCABULARY - 1
         if by_blocks:
             attend_by_blocks(model, torch.device("cuda"))

@@ -66,7 +66,7 @@ def test_the_two_integer_products_agree(monkeypatch: pytest.MonkeyPatch) -> None
     layer, x = _layer(), _x(5, 3)
     outputs = []
     for int8_hardware in (True, False):
-        monkeypatch.setattr("bitray.nn.linear._VNNI", int8_hardware)
+        monkeypatch.setattr("bitray.nn.product._VNNI", int8_hardware)
         outputs.append(layer(x))
     assert torch.equal(*outputs)
 

@@ -28,6 +28,7 @@ from bitray.training.teacher import InProcessTeacher
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.usefixtures("unchecked"),
 ]
 CONFIG = {
     "model_type": "llama", "vocab_size": 256, "hidden_size": 128, "intermediate_size": 256,
