@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from bitray.models.batch import Batch
@@ -34,6 +35,7 @@ EXAMPLES = """
 examples:
   python scripts/bench_step.py                       # on CPUs: a layer and a small model
   python scripts/bench_step.py --models 135m 1.7b 4b --json
+  python scripts/bench_step.py --models 4b --settings int8_kernel=true attention=flex
 """
 LLAMA = {"model_type": "llama", "vocab_size": 49152, "tie_word_embeddings": True,
          "max_position_embeddings": 8192}  # fmt: skip
@@ -89,8 +91,11 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def layers(tokens: int, inner: int, outer: int, device: torch.device, pairs: int) -> Line:
+def layers(
+    size: tuple[int, int, int], device: torch.device, pairs: int, int8_kernel: bool = False
+) -> Line:
     """Forward and backward of one layer, compiled."""
+    tokens, inner, outer = size
     x = torch.randn(tokens, inner, device=device, requires_grad=True)
 
     def of(layer: nn.Module) -> Callable[[], None]:
@@ -102,10 +107,10 @@ def layers(tokens: int, inner: int, outer: int, device: torch.device, pairs: int
 
         return call
 
-    what = f"layer {tokens}x{inner}x{outer}, forward + backward"
-    return compared(
-        what, of(BitLinear(inner, outer)), of(nn.Linear(inner, outer, bias=False)), pairs
-    )
+    what = f"layer {tokens}x{inner}x{outer}{', int8 kernel' if int8_kernel else ''}"
+    ternary = BitLinear(inner, outer)
+    ternary.int8_kernel = int8_kernel
+    return compared(what, of(ternary), of(nn.Linear(inner, outer, bias=False)), pairs)
 
 
 def products(tokens: int, inner: int, outer: int, device: torch.device, pairs: int) -> Line:
@@ -118,7 +123,7 @@ def products(tokens: int, inner: int, outer: int, device: torch.device, pairs: i
 
     def ours() -> None:
         for _ in range(10):
-            ternary_product(x, scale, w, weight_scale, None, dtype)
+            ternary_product(x, scale, w, weight_scale, None, dtype, device.type == "cuda")
 
     def dense() -> None:
         for _ in range(10):
@@ -127,17 +132,18 @@ def products(tokens: int, inner: int, outer: int, device: torch.device, pairs: i
     return compared(f"integer product {tokens}x{inner}x{outer}", ours, dense, pairs)
 
 
-def steps(name: str, device: torch.device, pairs: int) -> Line:
+def steps(name: str, changes: dict[str, str], device: torch.device, pairs: int) -> Line:
     """A whole step of a model against that of the dense one."""
     rows, width = ROWS[name]
     numbers = np.random.default_rng(0)
     ids = numbers.integers(0, SHAPES[name]["vocab_size"], (rows, width))
     lengths = [[width // 4, width // 2, width // 4]] * rows
     batch = Batch.from_rows(ids, lengths, [0] * rows).to(device)
-    settings = TrainingSettings.model_validate({"torch_compile": {"enabled": device.type != "cpu"}})
+    compiled = {"torch_compile": {"enabled": device.type != "cpu"}}
     term = Term("ce", ContinuePretrain(), 1 / ids.size)
 
     def of(ternary: bool) -> Callable[[], None]:
+        settings = TrainingSettings.model_validate(compiled | (changes if ternary else {}))
         with device:
             model = build_model(SHAPES[name])
         if ternary:
@@ -158,16 +164,18 @@ def steps(name: str, device: torch.device, pairs: int) -> Line:
     return compared(f"step of {name}, {rows}x{width} tokens", of(True), of(False), pairs)
 
 
-def lines(models: list[str], pairs: int) -> Iterator[Line]:
+def lines(models: list[str], changes: dict[str, str], pairs: int) -> Iterator[Line]:
     """All comparisons that fit the device at hand."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = [(16384, width, width) for width in (2048, 4096, 8192)]
     for size in sizes if device.type == "cuda" else [(2048, 1024, 1024)]:
-        yield layers(*size, device, pairs)
+        for int8_kernel in [False, True] if device.type == "cuda" else [False]:
+            torch.compiler.reset()  # else sizes become dynamic
+            yield layers(size, device, pairs, int8_kernel)
         yield products(*size, device, pairs)
     for name in models:
-        yield steps(name, device, pairs)
         torch.compiler.reset()
+        yield steps(name, changes, device, pairs)
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -176,6 +184,8 @@ def main() -> int:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=layout)
     parser.add_argument("--models", nargs="+", default=["small"], help=", ".join(SHAPES))
+    parser.add_argument("--settings", nargs="+", default=[], metavar="KEY=VALUE",
+                        help="of the ternary model's training")  # fmt: skip
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--json", action="store_true")
     said = parser.parse_args()
@@ -184,11 +194,18 @@ def main() -> int:
             raise UserError(f"--models: {min(unknown)} is none of {', '.join(SHAPES)}")
         if said.pairs < 2:
             raise UserError("--pairs: two at least, since a spread is told")
+        changes = dict(each.partition("=")[::2] for each in said.settings)
+        try:
+            TrainingSettings.model_validate(changes)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise UserError(f"--settings: {where}: {first['msg']}") from error
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     found = []
-    for line in lines(said.models, said.pairs):
+    for line in lines(said.models, changes, said.pairs):
         found.append(line)
         if not said.json:
             print(f"{line.what:48} {line.ours:9.3f} ms  dense {line.dense:9.3f} ms  "

@@ -21,6 +21,7 @@ def test_ratios_are_of_pairs_and_the_first_three_do_not_count(
 @pytest.mark.parametrize(("words", "said"), [
     (["--models", "7b"], "--models: 7b is none of small, 135m, 1.7b, 4b"),
     (["--pairs", "1"], "--pairs: two at least"),
+    (["--settings", "attention=flash"], "--settings: attention: "),
 ])  # fmt: skip
 def test_what_cannot_be_measured(
     monkeypatch: pytest.MonkeyPatch,
@@ -35,6 +36,6 @@ def test_what_cannot_be_measured(
 
 def test_a_step_of_both_models_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(bench_step.ROWS, "small", (2, 64))
-    line = bench_step.steps("small", torch.device("cpu"), pairs=2)
+    line = bench_step.steps("small", {"logits_chunk": "64"}, torch.device("cpu"), pairs=2)
     assert line.what == "step of small, 2x64 tokens"
     assert line.ours > 0 and line.dense > 0

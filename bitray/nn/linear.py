@@ -62,6 +62,8 @@ class BitLinear(nn.Module):
         self.correction: LowRankCorrection | None = None
         self.register_buffer("strength", torch.ones(()), persistent=False)
         self.full_strength = True
+        self.int8_kernel = False
+        """Multiply codes on a GPU's int8 tensor cores (`nn.kernel`), which is exact too."""
         self.fp8: torch.dtype | None = None
         """Train at full strength by the approximate product in 8-bit floats, rounded to this."""
         self.register_buffer("salient", None, persistent=False)
@@ -113,7 +115,7 @@ class BitLinear(nn.Module):
         if self.full_strength and salient is None:
             if self.fp8 is not None and self.training:
                 return TernaryFP8.apply(x, self.weight, self.bias, dtype, self.fp8)
-            return _Ternary.apply(x, self.weight, self.bias, dtype)
+            return _Ternary.apply(x, self.weight, self.bias, dtype, self.int8_kernel)
         strength = self.strength.float()
         columns = None if salient is None else strength * ~salient
         return _Blended.apply(x, self.weight, self.bias, strength, columns, dtype)
@@ -162,15 +164,20 @@ class _Ternary(torch.autograd.Function):
     """Strength 1: the product of integer codes, scaled once. Saves the int8 codes of x."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+    def forward(  # noqa: PLR0917 - autograd passes by position
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        int8_kernel: bool,
     ) -> Tensor:
         codes, scale = int8_per_token(x)
         weight_scale = ternary_scale(weight)
         ctx.save_for_backward(codes, scale, weight, weight_scale)
         ctx.dtype, ctx.input_dtype = dtype, x.dtype
         signs = ternary_codes(weight, weight_scale)
-        return ternary_product(codes, scale, signs, weight_scale, bias, dtype)
+        return ternary_product(codes, scale, signs, weight_scale, bias, dtype, int8_kernel)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -183,7 +190,7 @@ class _Ternary(torch.autograd.Function):
             # the token scale goes into the gradient, so that x stays exact integers in bf16 too
             scaled = (grad * scale).to(ctx.dtype)
             grad_weight = _outer(scaled, codes.to(ctx.dtype)).to(weight.dtype)
-        return grad_x, grad_weight, _bias_grad(ctx, grad), None
+        return grad_x, grad_weight, _bias_grad(ctx, grad), None, None
 
 
 class _Blended(torch.autograd.Function):

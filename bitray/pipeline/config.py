@@ -107,6 +107,14 @@ class Config(Composed):
                 elif stage.optimizer.type == "muonclip":
                     yield f"{where} never makes the logits that muonclip measures; take sdpa"
 
+    def _kernel_problems(self) -> Iterator[str]:
+        for name, stage in self.stages.items():
+            if stage.int8_kernel and stage.total_steps and not self.scaling_of(name).use_gpu:
+                yield (
+                    f"stages.{name}.int8_kernel: needs GPUs, these workers have CPUs; "
+                    "set int8_kernel=false"
+                )
+
     @property
     def gpu_name(self) -> str | None:
         """The kind of GPU that was chosen."""
@@ -123,6 +131,7 @@ class Config(Composed):
         return [
             *filter(None, [self.fp8_problem(), self.cost.problem(self.gpu_name)]),
             *self._attention_problems(),
+            *self._kernel_problems(),
             *self._besides_stages(),
             *(
                 text

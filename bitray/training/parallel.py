@@ -16,6 +16,7 @@ from bitray.models.attention import attend_by_blocks
 from bitray.models.families import decoder_layers
 from bitray.models.losses import LossModel
 from bitray.nn import bit_linears
+from bitray.nn.product import kernel_problem
 from bitray.settings import UserError
 from bitray.training.fp8 import capability_of
 from bitray.training.settings import TrainingSettings
@@ -48,6 +49,12 @@ def parallelize(
         if any(told):
             raise UserError(f"training.{next(filter(None, told))}")
         settings.fp8.apply(model.model)
+    if settings.int8_kernel:
+        if any(told := all_gather_objects(kernel_problem(device))):
+            why = next(filter(None, told))
+            raise UserError(f"training.int8_kernel: {why}; set int8_kernel=false")
+        for layer in bit_linears(model):
+            layer.int8_kernel = True
     if settings.torch_compile.enabled:
         _compile(layers, settings)
     if settings.activation_checkpointing:

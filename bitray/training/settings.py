@@ -169,6 +169,9 @@ class TrainingSettings(Settings):
     activation_checkpointing: bool = False
     torch_compile: TorchCompile = TorchCompile()
     fp8: FP8 = FP8()
+    int8_kernel: bool = False
+    """Multiply the codes of ternary layers on GPUs' int8 tensor cores instead of as floats that
+    hold them: the same integers, sooner."""
     attention: Literal["sdpa", "flex"] = "sdpa"
     """How the student attends: over dense masks, or (on GPUs) by blocks of what is seen."""
     logits_chunk: int | None = Field(default=None, ge=1)

@@ -147,6 +147,12 @@ def test_attention_by_blocks_where_it_cannot_be(
     assert any(f"stages.stage1_9.attention: flex {why}" in each for each in said.sentences())
 
 
+def test_the_int8_kernel_without_a_gpu(command: Command) -> None:
+    said = command("pretrain", "--dry-run", FRESH, "training.int8_kernel=true")
+    why = "stages.stage1_9.int8_kernel: needs GPUs, these workers have CPUs; set int8_kernel=false"
+    assert any(why in each for each in said.sentences())
+
+
 def test_a_teacher_server_that_is_not_there(command: Command, models: Path) -> None:
     said = command(
         "pretrain", "--dry-run", "training=stage2_pretrain", "model=smollm2_135m",

@@ -122,7 +122,9 @@ def test_a_gpu_multiplies_rows_of_their_own_scale() -> None:
     (x, s), (y, t) = (scaled_rows(each.cuda()) for each in (a, b))
     got = scaled_product(x, y, s, t.t(), torch.bfloat16).cpu()
     wanted = by_rows(a) @ by_rows(b).T
-    torch.testing.assert_close(got.double(), wanted, rtol=2**-7, atol=1e-3 * wanted.abs().max())
+    torch.testing.assert_close(
+        got.double(), wanted, rtol=2**-7, atol=1e-3 * wanted.abs().max().item()
+    )
 
 
 @pytest.mark.gpu

@@ -5,10 +5,12 @@ import torch
 from torch import Tensor
 
 from bitray.nn import BitLinear, int8_per_token
-from bitray.nn.product import _on_tensor_cores, int8_kernel, ternary_product
+from bitray.nn.product import kernel_problem, ternary_product
 
+GPU = torch.device("cuda")
 on_a_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available() or not int8_kernel(), reason="no GPU with an int8 kernel"
+    not torch.cuda.is_available() or kernel_problem(GPU) is not None,
+    reason="no GPU that the int8 kernel runs on",
 )
 
 
@@ -36,6 +38,10 @@ def test_products_on_cpus(
     used = bias if biased else None
     got = ternary_product(*given, used, torch.float32)
     assert torch.equal(got, exact(given, used, torch.float32))
+
+
+def test_the_kernel_is_for_gpus() -> None:
+    assert kernel_problem(torch.device("cpu")) == "needs GPUs, these workers have CPUs"
 
 
 @pytest.mark.gpu
@@ -66,7 +72,7 @@ def test_the_kernel_is_exact(shape: tuple[int, int, int], biased: bool, dtype: t
 def test_a_layer_of_the_kernel_compiled(bias: bool) -> None:
     torch.manual_seed(0)
     layer, x = BitLinear(1024, 1536, bias=bias).cuda(), torch.randn(4, 512, 1024, device="cuda")
-    assert _on_tensor_cores(int8_per_token(x)[0].flatten(0, 1), 1536)
+    layer.int8_kernel = True
     found = []
     for call in (layer, torch.compile(layer)):
         given = x.clone().requires_grad_()
@@ -79,4 +85,6 @@ def test_a_layer_of_the_kernel_compiled(bias: bool) -> None:
     wanted = exact(given, layer.bias.detach().cpu() if bias else None, torch.bfloat16)
     torch.testing.assert_close(found[0][0].cpu(), wanted)
     for eager, compiled in zip(*found, strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=2**-6, atol=2**-6 * eager.abs().max())
+        torch.testing.assert_close(
+            compiled, eager, rtol=2**-6, atol=2**-6 * eager.abs().max().item()
+        )
