@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import ranks
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from tiny_models import make_batch, make_model
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
@@ -77,10 +77,8 @@ def _scene(model: LossModel, teacher: PreTrainedModel, folder: str) -> dict[str,
     return {"loss": loss, "gradients": gradients, "codes": codes}
 
 
-def _worker(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), 2)
-    dist.init_process_group("gloo", rank=rank, world_size=2, store=store)
+def _sharded(folder: Path) -> list[Any]:
+    rank = dist.get_rank()
     model, teacher = _student(), _teacher()
     _shard(teacher, decoder_layers(teacher))
     layers = decoder_layers(model.model)
@@ -94,14 +92,12 @@ def _worker(rank: int, folder: Path) -> None:
     _shard(model, layers)
     checkpointed = _accumulate(model, teacher, _batches()[rank::2])
     gradients = [p.grad.full_tensor() for p in model.parameters()]  # type: ignore[union-attr]
-    torch.save([plain, checkpointed, gradients], folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    return [plain, checkpointed, gradients]
 
 
 def test_two_workers_are_one(tmp_path: Path) -> None:
     """Tied head, accumulation, an empty ticket, a sharded teacher, blended and full strength."""
-    mp.spawn(_worker, (tmp_path,), nprocs=2)
-    workers = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    workers = ranks.run(_sharded, tmp_path, tmp_path)
     model, teacher = _student(), _teacher()
     set_strength(model, 0.5)
     blended = _accumulate(model, teacher, _batches())

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+import ranks
+import shared_net
 import torch
-import two_workers
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -109,15 +110,15 @@ def test_dequantised_values_of_any_scale_are_found_again(seed):
 
 
 def _ten_steps(rows: int) -> dict[str, Tensor]:
-    model = two_workers.shard(_model(rows))
+    model = shared_net.shard(_model(rows))
     _train(model, SETTINGS.build(model), range(10))
-    return {name: two_workers.whole(p) for name, p in model.named_parameters()}
+    return {name: shared_net.whole(p) for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("rows", [64, 67])
 def test_two_workers_agree_with_one(rows, tmp_path: Path):
     """Where shards end on borders of blocks (32 rows of 32), and where they cut one (34 rows)."""
     alone = _ten_steps(rows)
-    for worker in two_workers.run(_ten_steps, tmp_path, rows):
+    for worker in ranks.run(_ten_steps, tmp_path, rows):
         for name, value in alone.items():
             assert (worker[name] - value).norm() <= 1e-6 * value.norm(), name

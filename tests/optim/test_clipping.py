@@ -4,9 +4,10 @@ import math
 from pathlib import Path
 
 import pytest
+import ranks
+import shared_net
 import torch
 import torch.distributed as dist
-import two_workers
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -81,11 +82,11 @@ def test_parameters_without_a_gradient_do_not_count():
 
 
 def _clip(max_norm: float) -> dict[str, Tensor]:
-    module = two_workers.shard(two_workers.model())
-    two_workers.backward(module, step=0)
+    module = shared_net.shard(shared_net.model())
+    shared_net.backward(module, step=0)
     norm = clip_grad_norm(module.parameters(), max_norm)
     assert type(norm) is Tensor
-    gradients = {name: two_workers.whole(p.grad) for name, p in module.named_parameters()}
+    gradients = {name: shared_net.whole(p.grad) for name, p in module.named_parameters()}
     return {"norm": norm, "again": clip_grad_norm(module.parameters(), None), **gradients}
 
 
@@ -109,7 +110,7 @@ def test_two_fsdp_workers_clip_like_one(tmp_path: Path):
     alone = _clip(0.1)
     assert alone["norm"] > 0.2
     torch.testing.assert_close(alone["again"], torch.tensor(0.1), rtol=1e-4, atol=0)
-    (first, replicas), (second, _) = two_workers.run(_on_workers, tmp_path)
+    (first, replicas), (second, _) = ranks.run(_on_workers, tmp_path)
     assert torch.equal(first["norm"], second["norm"])
     torch.testing.assert_close(first, alone, rtol=1e-5, atol=1e-7)
     assert replicas == _norm_of_replicas() == 10

@@ -6,8 +6,9 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+import ranks
+import shared_net
 import torch
-import two_workers
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -52,7 +53,7 @@ def _settings(name: str) -> Any:
 def _train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
     losses = []
     for step in steps:
-        losses.append(two_workers.backward(model, step).item())
+        losses.append(shared_net.backward(model, step).item())
         clip_grad_norm(model.parameters(), 1.0)
         set_learning_rates(optimizer, 1 / (1 + step))
         optimizer.step()
@@ -61,18 +62,18 @@ def _train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> 
 
 
 def test_lowers_a_loss(settings):
-    model = two_workers.model()
+    model = shared_net.model()
     optimizer = settings.build(model)
     losses = []
     for _ in range(60):
-        losses.append(two_workers.backward(model, step=0))
+        losses.append(shared_net.backward(model, step=0))
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < 0.7 * losses[0]
 
 
 def test_groups_have_a_name_and_a_peak_and_hold_every_parameter_once(settings):
-    model = two_workers.model()
+    model = shared_net.model()
     optimizer = settings.build(model)
     names = [group["name"] for group in optimizer.param_groups]
     assert len(set(names)) == len(names)
@@ -83,7 +84,7 @@ def test_groups_have_a_name_and_a_peak_and_hold_every_parameter_once(settings):
 
 def test_groups_may_have_rates_of_their_own(settings):
     given = type(settings)(**settings.model_dump() | {"group_lr": {"no_decay": 0.5}})
-    model = two_workers.model()
+    model = shared_net.model()
     peaks = {g["name"]: (g["lr"], g["peak_lr"]) for g in given.build(model).param_groups}
     assert peaks.pop("no_decay") == (0.5, 0.5)
     assert set(peaks.values()) == {(1e-2, 1e-2)}
@@ -110,7 +111,7 @@ def test_it_knows_the_bytes_of_its_state(settings):
 
 
 def test_state_round_trips_bit_for_bit(settings):
-    model = two_workers.model()
+    model = shared_net.model()
     optimizer = settings.build(model)
     _train(model, optimizer, range(5))
     resumed = copy.deepcopy(model)
@@ -125,16 +126,16 @@ def test_state_round_trips_bit_for_bit(settings):
 def test_repeats_bit_for_bit(settings):
     results = []
     for _ in range(2):
-        model = two_workers.model()
+        model = shared_net.model()
         _train(model, settings.build(model), range(5))
         results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(*results)
 
 
 def _ten_steps(settings: Any) -> dict[str, Tensor]:
-    model = two_workers.shard(two_workers.model())
+    model = shared_net.shard(shared_net.model())
     _train(model, settings.build(model), range(10))
-    return {name: two_workers.whole(p) for name, p in model.named_parameters()}
+    return {name: shared_net.whole(p) for name, p in model.named_parameters()}
 
 
 CONFIG = {
@@ -160,7 +161,7 @@ def _on_rows(model: LossModel, optimizer: torch.optim.Optimizer, steps: range) -
         (model(batch, [HEAD])[0] / world()[1]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return {name: two_workers.whole(p) for name, p in model.named_parameters()}
+    return {name: shared_net.whole(p) for name, p in model.named_parameters()}
 
 
 def _saved_and_resumed(settings: Any, folder: Path) -> dict[str, dict[str, Tensor]]:
@@ -200,7 +201,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(folder: Path) -> list[dict[str, dict[str, Any]]]:
-    return two_workers.run(_everything, folder, folder)
+    return ranks.run(_everything, folder, folder)
 
 
 @pytest.fixture(scope="module")

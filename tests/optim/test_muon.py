@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+import ranks
+import shared_net
 import torch
 import torch.distributed as dist
-import two_workers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from bitray.settings import UserError
 
 @pytest.mark.parametrize("shape", [(7,), (2, 3, 4)])
 def test_what_is_no_matrix_is_refused(shape):
-    group = Muon().muon_groups(two_workers.model(), "muon")[0]
+    group = Muon().muon_groups(shared_net.model(), "muon")[0]
     group["params"] = [nn.Parameter(torch.zeros(shape))]
     with pytest.raises(UserError, match=r"'muon' works on matrices, .* shape \(") as error:
         muon.MuonOptimizer([group])
@@ -117,11 +118,11 @@ def test_is_the_muon_and_the_adamw_of_torch():
 
 def _orthogonalised_here() -> Tensor:
     """Shapes that this worker orthogonalises in one step."""
-    model = two_workers.shard(two_workers.model())
+    model = shared_net.shard(shared_net.model())
     seen = []
     original = muon.newton_schulz
     muon.newton_schulz = lambda m, steps: (seen.append(tuple(m.shape)), original(m, steps))[1]
-    two_workers.backward(model, 0)
+    shared_net.backward(model, 0)
     Muon().build(model).step()
     muon.newton_schulz = original
     return torch.tensor(seen).view(-1, 2)
@@ -130,7 +131,7 @@ def _orthogonalised_here() -> Tensor:
 def test_each_matrix_is_orthogonalised_once_on_one_worker(tmp_path: Path):
     assert not dist.is_initialized()
     everything = sorted(_orthogonalised_here().tolist())
-    first, second = two_workers.run(_orthogonalised_here, tmp_path)
+    first, second = ranks.run(_orthogonalised_here, tmp_path)
     assert len(first) and len(second)
     assert sorted([*first.tolist(), *second.tolist()]) == everything == [[3, 7], [7, 7], [9, 3]]
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ranks
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from ray.train import ControllerError, WorkerGroupError
 
 from bitray import Config
@@ -49,8 +49,8 @@ def test_what_ends_a_run(
     assert type(caught.value) is kind
 
 
-def _note(rank: int, folder: Path) -> None:
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+def _note() -> None:
+    rank = dist.get_rank()
     worker.peak_memory_gb = lambda device: 1.0 + 2.0 * rank  # type: ignore[assignment]
     written: list[dict[str, float]] = []
     clock = worker.Clock(cause="influence")
@@ -65,4 +65,4 @@ def _note(rank: int, folder: Path) -> None:
 
 def test_an_evaluation_tells_the_memory_of_all_workers(tmp_path: Path) -> None:
     """What a worker other than the first takes counts too."""
-    mp.spawn(_note, (tmp_path,), nprocs=2)
+    ranks.run(_note, tmp_path)

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from test_parallel import BLENDED, SHORT, loop, row, settings, tickets, whole
 
 from bitray import Config
@@ -43,26 +43,20 @@ def trained(hybrid: bool) -> dict[str, Any]:
     }
 
 
-def _worker(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
+def on_nodes() -> dict[str, Any]:
     os.environ["LOCAL_WORLD_SIZE"] = str(EACH)
-    size = NODES * EACH
-    store = dist.FileStore(str(folder / "store"), size)
-    dist.init_process_group("gloo", rank=rank, world_size=size, store=store)
     found: dict[str, Any] = {"hybrid": trained(True)}
-    os.environ["LOCAL_WORLD_SIZE"] = "4" if rank else "1"
+    os.environ["LOCAL_WORLD_SIZE"] = "4" if dist.get_rank() else "1"
     try:
         loop(BLENDED, settings(**SHORT))
     except Exception as error:
         found["refused"] = str(error)
-    torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.mark.slow
 def test_hybrid_gives_the_numbers_of_one_worker(tmp_path: Path) -> None:
-    mp.spawn(_worker, (tmp_path,), nprocs=NODES * EACH)
-    found = torch.load(tmp_path / "0.pt", weights_only=False)
+    found = ranks.run(on_nodes, tmp_path, size=NODES * EACH)[0]
     alone = trained(False)
     assert found["hybrid"]["placements"] == ["R", "S(0)"] and alone["placements"] == []
     np.testing.assert_allclose(found["hybrid"]["losses"], alone["losses"], rtol=1e-5)

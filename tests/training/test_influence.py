@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ranks
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from bitray.data.mixture import Mixture, StageMixture
 from bitray.data.reader import SyntheticShards, empty_batch, read_rows
@@ -317,24 +316,12 @@ def everything() -> dict[str, Any]:
     return found
 
 
-def _worker(rank: int, size: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / f"store{size}"), size)
-    dist.init_process_group("gloo", rank=rank, world_size=size, store=store)
-    found = everything()
-    found["gram"] = found["gram"].tolist()
-    (folder / f"{size}-{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_number_of_workers_finds_the_same(size: int, tmp_path: Path) -> None:
     """Inner products to rounding, decisions exactly, on every worker."""
-    mp.spawn(_worker, (size, tmp_path), nprocs=size)
-    one = everything()
+    workers, one = ranks.run(everything, tmp_path, size=size), everything()
     assert len(set(one["cosine"])) > 1, "nothing was decided"
-    for rank in range(size):
-        found = json.loads((tmp_path / f"{size}-{rank}.json").read_text())
+    for found in workers:
         np.testing.assert_allclose(found["gram"], one["gram"], rtol=1e-4, atol=1e-7)
         for method in ("cosine", "ado"):
-            assert [tuple(w) for w in found[method]] == one[method]
+            assert found[method] == one[method]

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ranks
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from bitray.data.tickets import EMPTY, Deal
@@ -102,19 +101,13 @@ def trained(given: TrainingSettings, ternary: bool = True) -> tuple[Loop, list[d
 # ----------------------------------------------------------------------------------- two workers
 
 
-def on_worker(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), 2)
-    dist.init_process_group("gloo", rank=rank, world_size=2, store=store)
-    _, metrics = trained(settings())
-    torch.save(metrics, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+def on_worker() -> list[dict[str, float]]:
+    return trained(settings())[1]
 
 
 def test_two_workers_do_what_one_does(tmp_path: Path) -> None:
     """Three micro-batches for two workers; views depend on the ticket, not on who draws them."""
-    mp.spawn(on_worker, (tmp_path,), nprocs=2)
-    two = torch.load(tmp_path / "0.pt", weights_only=True)
+    two, _ = ranks.run(on_worker, tmp_path)
     torch.set_num_threads(1)
     _, one = trained(settings())
     assert len(one) == 8

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ranks
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from keep import Keep
 from test_parallel import CONFIG, CPU, tickets, whole
 
@@ -72,18 +71,9 @@ def trained(folder: Path) -> dict[str, Any]:
     }
 
 
-def _worker(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), 2)
-    dist.init_process_group("gloo", rank=rank, world_size=2, store=store)
-    torch.save(trained(folder), folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
 def test_two_workers_train_the_corrections_as_one_does(tmp_path: Path) -> None:
     """Frozen and trained weights in one FSDP unit, checkpointed activations, resumed half-way."""
-    mp.spawn(_worker, (tmp_path,), nprocs=2)
-    two, one = torch.load(tmp_path / "0.pt", weights_only=True), trained(tmp_path)
+    (two, _), one = ranks.run(trained, tmp_path, tmp_path), trained(tmp_path)
     for found in (one, two):
         assert found["rest"] == found["losses"][3:]
         # every step has other rows, so single losses say little

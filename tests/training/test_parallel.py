@@ -2,15 +2,14 @@
 
 import errno
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import ranks
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from keep import Keep
 
 from bitray.data.tickets import EMPTY, Deal
@@ -177,7 +176,7 @@ def poisoned() -> dict[str, Any]:
     }
 
 
-def unread(_: Path) -> list[Any]:
+def unread() -> list[Any]:
     """The stream of the last worker breaks in the third step: how far each worker came, and what
     it was told."""
     given = settings(DENSE, **SHORT)
@@ -225,14 +224,6 @@ def some(folder: Path, size: int) -> dict[str, list[float]]:
     return found
 
 
-def _worker(rank: int, folder: Path, size: int, work: Callable[..., Any], *more: Any) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / f"store_{work.__name__}_{size}"), size)
-    dist.init_process_group("gloo", rank=rank, world_size=size, store=store)
-    torch.save(work(folder, *more), folder / f"{work.__name__}_{size}_{rank}.pt")
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("parallel")
@@ -240,11 +231,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(folder: Path) -> dict[str, Any]:
-    mp.spawn(_worker, (folder, 2, everything), nprocs=2)
-    ranks = [torch.load(folder / f"everything_2_{rank}.pt", weights_only=True) for rank in range(2)]
-    for name, found in ranks[1].items():
-        assert found["held out"] == ranks[0][name]["held out"], "all workers know the same numbers"
-    return ranks[0]
+    first, second = ranks.run(everything, folder, folder)
+    for name, found in second.items():
+        assert found["held out"] == first[name]["held out"], "all workers know the same numbers"
+    return first
 
 
 @pytest.fixture(scope="module")
@@ -259,8 +249,7 @@ def chain(folder: Path) -> dict[int, dict[str, list[float]]]:
     torch.set_num_threads(1)
     found = {1: some(folder, 1)}
     for size in (2, 3, 4):
-        mp.spawn(_worker, (folder, size, some, size), nprocs=size)
-        found[size] = torch.load(folder / f"some_{size}_0.pt", weights_only=True)
+        found[size] = ranks.run(some, folder, folder, size, size=size)[0]
     return found
 
 
@@ -341,9 +330,7 @@ def test_a_gradient_that_is_not_finite_on_one_worker_skips_the_step_on_all(
 
 def test_rows_that_one_worker_cannot_read_stop_all_at_the_same_step(folder: Path) -> None:
     """None of them waits for the one that has no more batches."""
-    mp.spawn(_worker, (folder, 2, unread), nprocs=2)
-    for rank in range(2):
-        step, said = torch.load(folder / f"unread_2_{rank}.pt", weights_only=True)
+    for step, said in ranks.run(unread, folder):
         assert step == 2 and said.endswith("step 2: a shard is gone")
 
 
@@ -397,8 +384,7 @@ def full(folder: Path) -> dict[str, tuple[int, int | None]]:
 
 def test_what_rank_zero_cannot_write_stops_all_workers_at_the_same_step(folder: Path) -> None:
     """Else the others would wait in their next collective for the one that has gone."""
-    mp.spawn(_worker, (folder, 2, full), nprocs=2)
-    first, second = (torch.load(folder / f"full_2_{rank}.pt") for rank in range(2))
+    first, second = ranks.run(full, folder, folder)
     assert first == second
     assert first["log"] == (4, errno.ENOSPC)
     assert first["opening"] == first["evaluation"] == (4, errno.ENOTDIR)
@@ -417,4 +403,4 @@ def _compiled(_: int) -> None:
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same_losses() -> None:
     """In a process of its own, where no shapes are checked: a compiler cannot see through that."""
-    mp.spawn(_compiled, nprocs=1)
+    ranks.start(_compiled, size=1)

@@ -1,12 +1,12 @@
 """Teachers wherever their weights lie say what the plain model says."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import ranks
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
@@ -143,24 +143,18 @@ def test_sizes_that_four_bits_cannot_have_on_cpus_are_refused(tmp_path: Path) ->
 # ---------------------------------------------------------------------------------------- sharded
 
 
-def _worker(rank: int, folder: str, out: Path) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(out / "store"), 2)
-    dist.init_process_group("gloo", rank=rank, world_size=2, store=store)
+def sharded(folder: str) -> tuple[int, list[list[Any]]]:
     teacher = open_teacher(InProcess(layout="sharded"), folder, CPU, EXACT)
     held = sum(p.to_local().numel() for p in teacher.model.parameters())  # type: ignore[operator]
     answers = [teacher(make_batch(), True) for _ in range(2)]
-    kept = [[a.hidden, a.head, *(a.layers or [])] for a in answers]
-    torch.save((held, kept), out / f"{rank}.pt")
-    dist.destroy_process_group()
+    return held, [[a.hidden, a.head, *(a.layers or [])] for a in answers]
 
 
 def test_a_sharded_teacher_says_the_same_on_two_workers(folder: str, tmp_path: Path) -> None:
-    mp.spawn(_worker, (folder, tmp_path), nprocs=2)
     model, batch = make_model(), make_batch()
     expected = run_teacher(model, batch, True)
     whole = sum(p.numel() for p in model.parameters())
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    found = ranks.run(sharded, tmp_path, folder)
     assert sum(held for held, _ in found) == whole
     for _, answers in found:
         for hidden, head, *layers in answers:

@@ -1,29 +1,10 @@
-"""Runs a function on two gloo workers, for what has to be right under FSDP2."""
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+"""A model whose parts no number of workers can share evenly."""
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-
-
-def run(function: Callable[..., Any], directory: Path, *args: Any) -> list[Any]:
-    """What `function(*args)` returns on each of the workers."""
-    mp.spawn(_worker, (function, directory, args), nprocs=2)
-    return [torch.load(directory / f"{rank}.pt", weights_only=True) for rank in range(2)]
-
-
-def _worker(rank: int, function: Callable[..., Any], directory: Path, args: tuple) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(directory / "store"), 2)
-    dist.init_process_group("gloo", rank=rank, world_size=2, store=store)
-    torch.save(function(*args), directory / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 class Net(nn.Module):
