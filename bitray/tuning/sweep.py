@@ -10,6 +10,7 @@ import math
 import os
 import signal
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -177,8 +178,8 @@ def _tuner(
 
 
 class Cleaner(tune.Callback):
-    """Deletes checkpoints of trials that ended. The workers of one that was stopped may write yet
-    another, so those that ended before are looked at again."""
+    """Deletes checkpoints of trials that ended. The workers of one that was stopped may still write,
+    so those that ended before are looked at again, by the sweep at its end too."""
 
     def __init__(self, base: str, keep: bool) -> None:
         self.base, self.keep = base, keep
@@ -187,7 +188,8 @@ class Cleaner(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self.ended.append(trial.config)
         for sample in self.ended if not self.keep else ():
-            clean(self.base, sample)
+            with suppress(OSError):  # a folder that grows while it is removed
+                clean(self.base, sample)
 
 
 def scheduler_of(searcher: AxSearcher, config: Config, base: str) -> TrialScheduler:

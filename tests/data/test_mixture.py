@@ -324,8 +324,8 @@ def test_what_differs_in_other_data_is_named() -> None:
 RUNS = settings(stateful_step_count=30, suppress_health_check=list(HealthCheck))
 
 
-def test_the_control_plane_keeps_its_promises_in_hundreds_of_lives() -> None:
-    run_state_machine_as_test(ControlPlane, settings=settings(RUNS, max_examples=200))
+def test_the_control_plane_keeps_its_promises_in_a_hundred_lives() -> None:
+    run_state_machine_as_test(ControlPlane, settings=settings(RUNS, max_examples=100))
 
 
 @pytest.mark.slow

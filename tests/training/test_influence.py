@@ -198,7 +198,9 @@ def test_training_is_the_same_with_decisions_that_change_nothing() -> None:
         assert torch.equal(value, watched.loop.model.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("method", ["cosine", "datainf", "dot", "ado"])
+@pytest.mark.parametrize("method", [
+    "cosine", "ado", *(pytest.param(each, marks=pytest.mark.slow) for each in ("datainf", "dot")),
+])  # fmt: skip
 def test_a_resumed_run_decides_alike(method: str, tmp_path: Path) -> None:
     """Stopped in mid-interval, at a decision, and before the first one."""
     whole = Run(method).train()

@@ -1,9 +1,11 @@
 """What a trial tells Tune of a run's records, by hand."""
 
+import errno
 import json
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import ray
@@ -20,7 +22,7 @@ from bitray.tuning import trial as trial_module
 from bitray.tuning.cost import cost_table
 from bitray.tuning.space import METRICS
 from bitray.tuning.stages import lengths
-from bitray.tuning.sweep import claim, longest, room, scheduler_of, sweep
+from bitray.tuning.sweep import Cleaner, claim, longest, room, scheduler_of, sweep
 from bitray.tuning.trial import (
     clean,
     evaluated,
@@ -138,6 +140,28 @@ def test_a_point_that_the_run_refuses_ends_nothing_but_itself(
     rows = {row[0]: row[1:] for row in cost_table(config, [found], spans).rows}
     assert rows["abandoned"] == ["1", "1", "0"], "it never had a worker"
     clean(base, ILLEGAL)
+
+
+def test_a_folder_that_still_grows_is_removed_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers of a trial that was stopped early write on while their checkpoints are deleted."""
+    base, cleaner = (
+        tmp_path / "sweep" / "common",
+        Cleaner(str(tmp_path / "sweep" / "common"), False),
+    )
+    folders = []
+    for rate in (1e-3, 2e-3):
+        sample = {"stages.stage2.optimizer.lr": rate}
+        run = Path(trial_config(config_at(tmp_path), str(base), sample).run_dir)
+        complete(run, "stage2")
+        folders.append(run / "stage2_checkpoint")
+        with monkeypatch.context() as patch:
+            if rate == 1e-3:
+                patch.setattr("os.rmdir", Mock(side_effect=OSError(errno.ENOTEMPTY, "not empty")))
+            cleaner.on_trial_complete(0, [], SimpleNamespace(config=sample))
+            assert folders[0].exists() == (rate == 1e-3)
+    assert not any(folder.exists() for folder in folders)
 
 
 def test_checkpoints_of_a_trial_go_and_nothing_else(tmp_path: Path) -> None:
