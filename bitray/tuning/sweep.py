@@ -178,8 +178,8 @@ def _tuner(
 
 
 class Cleaner(tune.Callback):
-    """Deletes checkpoints of trials that ended. The workers of one that was stopped may still write,
-    so those that ended before are looked at again, by the sweep at its end too."""
+    """Deletes checkpoints of trials that ended. Workers of one that was stopped may still write, so
+    those that ended before are looked at again, by the sweep at its end too."""
 
     def __init__(self, base: str, keep: bool) -> None:
         self.base, self.keep = base, keep
