@@ -15,22 +15,9 @@ from pydantic import Field, model_validator
 
 from bitray.pipeline.config import Config
 from bitray.settings import Composed, Settings, Tree, UserError, listed, nearest
+from bitray.tuning import checks
 from bitray.tuning.linear import Linear, at_most_zero, linear
-from bitray.tuning.parameter import Number, Parameter, decoded, encoded, holds, name_of
-from bitray.tuning.stages import ends_early, idle, trained
-
-METRICS = {
-    "loss": "held-out cross-entropy at strength 1 after the last stage, mean over domains, in nats",
-    "loss_drop": "nats by which training lowers the loss of the model rounded without any",
-    "tokens": "tokens trained on, over all stages of the trial",
-    "steps": "optimizer steps, over all stages of the trial",
-    "seconds": "seconds of steps, data and influence; not of start-up, evaluation and checkpoints",
-    "tokens_per_second": "tokens over seconds",
-    "peak_memory_gb": "most memory that a worker took",
-    "tokens_per_second_per_gb": "tokens_per_second over peak_memory_gb",
-    "loss_drop_per_second_per_gb": "loss_drop over seconds and peak_memory_gb",
-}
-"""What every trial reports, and thus what can be an objective."""
+from bitray.tuning.parameter import Number, Parameter, decoded, encoded, name_of
 
 
 class StageBudget(Settings):
@@ -97,7 +84,7 @@ class SearchSpace(Composed):
         own = [word for word in overrides if re.split(r"[.=]", word)[0] in cls.model_fields]
         space = super().load(path, own)
         space._words = [word for word in overrides if word not in own]
-        found = space.against(space.config())
+        found = checks.against(space, space.config())
         if found:
             raise UserError(listed(found))
         return space
@@ -208,12 +195,12 @@ class SearchSpace(Composed):
         """All parameters, each after those that it depends on."""
 
         def rank(path: str) -> tuple[bool, int]:
-            return self.parameters[path].derived is not None, len(self._above(path))
+            return self.parameters[path].derived is not None, len(self.above(path))
 
         for path in sorted(self.parameters, key=rank):
             yield path, self.parameters[path]
 
-    def _above(self, path: str) -> list[str]:
+    def above(self, path: str) -> list[str]:
         """Parameters that decide whether one matters; nearest first."""
         found: list[str] = []
         while path in self.parameters and (said := self.parameters[path].condition):
@@ -242,11 +229,12 @@ class SearchSpace(Composed):
 
     def inequalities(self) -> list[tuple[dict[str, float], float]]:
         """Constraints as `sum(coefficient * x) <= bound`, in paths and in the scales of Ax."""
-        return [self._inequality(text) for text in self.constraints]
+        return [self.inequality(text) for text in self.constraints]
 
-    def _inequality(self, text: str) -> tuple[dict[str, float], float]:
+    def inequality(self, text: str) -> tuple[dict[str, float], float]:
+        """A constraint as `inequalities` gives them; `ValueError` where it is none."""
         said = at_most_zero(text)
-        self._check_numbers(text, said)
+        self.check_numbers(text, said)
         logs = {path for path in said.paths if self.parameters[path].loguniform}
         wrong = next((path for path in said.logs if path not in logs), None)
         if wrong:
@@ -264,7 +252,8 @@ class SearchSpace(Composed):
         ratio = abs(said.terms[more] / said.terms[less])
         return {less: 1.0, more: -1.0}, math.log10(ratio)
 
-    def _check_numbers(self, text: str, said: Linear) -> None:
+    def check_numbers(self, text: str, said: Linear) -> None:
+        """`ValueError` where an expression speaks of what cannot be in a sum."""
         for path in said.paths:
             parameter = self.parameters.get(path)
             if parameter is None:
@@ -287,68 +276,6 @@ class SearchSpace(Composed):
     def allows(self, metrics: Mapping[str, float]) -> bool:
         """Whether what a trial reported keeps the outcome constraints."""
         return all(at_most_zero(text).value(metrics) <= 0 for text in self.outcome_constraints)
-
-    # ------------------------------------------------------------------------------- checks
-
-    def problems(self) -> list[str]:
-        """What is wrong with the space for itself."""
-        found = [text for path in self.parameters for text in self._parameter_problems(path)]
-        for n, text in enumerate(self.constraints):
-            found += [f"constraints.{n}: {problem}" for problem in _refused(self._inequality, text)]
-        if not found:
-            found += [*self._twins(), *self._region_problems(), *self._count_problems()]
-        return [*found, *self._outcome_problems(), *self._size_problems()]
-
-    def _parameter_problems(self, path: str) -> list[str]:
-        parameter, where = self.parameters[path], f"parameters.{path}"
-        found = []
-        if parameter.condition:
-            above, values = parameter.condition
-            known = {p: each for p, each in self.parameters.items() if each.values}
-            if above not in known:
-                found.append(
-                    f"{where}.when: {above} is no choice or ordered parameter"
-                    f"{nearest(above, known)}"
-                )
-            else:
-                found += [
-                    f"{where}.when: {value!r} is none of the values of {above}: "
-                    + ", ".join(map(repr, known[above].values))
-                    for value in values
-                    if not any(value is v or repr(value) == repr(v) for v in known[above].values)
-                ]
-            found += _refused(self._above, path)
-        if parameter.derived is not None:
-            problems = _refused(linear, parameter.derived)
-            if not problems:
-                said = linear(parameter.derived)
-                problems = _refused(lambda text: self._check_numbers(text, said), parameter.derived)
-                if said.logs:
-                    problems.append("log10 has no place in a derived parameter")
-            found += [f"{where}.derived: {problem}" for problem in problems]
-        return found
-
-    def _twins(self) -> list[str]:
-        known: dict[str, str] = {}
-        return [
-            f"parameters.{path}: Ax cannot tell it from {known[name]}"
-            for path in self.parameters
-            for name in self.names(path)
-            if known.setdefault(name, path) != path
-        ]
-
-    def _region_problems(self) -> list[str]:
-        """Whether constraints leave anything."""
-        if self.constraints and self.extremes(Linear({}, {}, 0.0)) is None:
-            return ["constraints: no point of the space satisfies all of them"]
-        return []
-
-    def _count_problems(self) -> list[str]:
-        """Ax would look for a further point without end."""
-        size = self.size() if self.searched() else math.inf
-        if size >= self.num_trials:
-            return []
-        return [f"num_trials: {self.num_trials} is more than the {size} points of the space"]
 
     def extremes(self, of: Linear) -> tuple[float, float] | None:
         """Least and largest value of an expression where all constraints hold; None: nowhere. Rates
@@ -375,137 +302,15 @@ class SearchSpace(Composed):
         high = -most.fun + of.constant + sum(end[1] for end in ends)
         return round(low, 12) + 0.0, round(high, 12) + 0.0
 
-    def _outcome_problems(self) -> list[str]:
-        found = []
-        for n, text in enumerate(self.outcome_constraints):
-            problems = _refused(at_most_zero, text)
-            if not problems:
-                said = at_most_zero(text)
-                if said.logs or not said.terms:
-                    problems.append(f"'{text}' speaks of no metric; write peak_memory_gb <= 20")
-                own = [name for name in said.terms if name in self.objectives]
-                if own and len(self.objectives) == 1:
-                    problems.append(f"'{text}': {own[0]} is the objective itself")
-            found += [f"outcome_constraints.{n}: {problem}" for problem in problems]
-        return found
+    # ------------------------------------------------------------------------------- checks
 
-    def _size_problems(self) -> list[str]:
-        dimensions, first = len(self.searched()), len(self.start)
-        found = []
-        if not dimensions:
-            found.append("parameters: all are fixed, so there is nothing to search")
-        if self.sobol_trials > self.num_trials:
-            found.append(
-                f"sobol_trials: {self.sobol_trials} is more than num_trials {self.num_trials}"
-            )
-        if max(first, dimensions) > self.num_trials:
-            said = (
-                f"{first} points to start from"
-                if first > dimensions
-                else f"{dimensions} parameters"
-            )
-            found.append(f"num_trials: {self.num_trials} is too few for {said}")
-        for path, parameter in self.searched().items():
-            stage, _, length = path.removeprefix("stages.").partition(".")
-            budget = self.budget.get(stage)
-            kind = {"max_steps": "steps", "total_tokens": "tokens"}.get(length)
-            if budget is None or kind is None or not path.startswith("stages."):
-                continue
-            limit, most = getattr(budget, kind), max(parameter.bounds or parameter.values)
-            if limit is None or most > limit:
-                told = f"{limit:,} {kind}" if limit else f"{budget.tokens or budget.steps:,}"
-                found.append(f"parameters.{path}: {most:,} is more than budget.{stage}, {told}")
-        return found
+    def problems(self) -> list[str]:
+        """What is wrong with the space for itself."""
+        return checks.problems(self)
 
-    def against(self, config: Config) -> list[str]:
-        """What is wrong with the space for this run: paths, types, bounds, metrics, points."""
-        if not trained(config):
-            return ["run: no stage trains a ternary model, so there is nothing to search"]
-        metrics = [f"objectives.{name}" for name in self.objectives]
-        for n, text in enumerate(self.outcome_constraints):
-            metrics += [f"outcome_constraints.{n}.{name}" for name in at_most_zero(text).terms]
-        found = [
-            f"{where}: no trial reports {name}{nearest(name, METRICS)}; they report: "
-            + ", ".join(METRICS)
-            for where in metrics
-            if (name := where.rsplit(".", 1)[-1]) not in METRICS
-        ]
-        found += ends_early(config)
-        for path in self.parameters:
-            found += self._told(path, config)
-        if not found:
-            found += self._start_problems(config)
-        return list(dict.fromkeys(found))
-
-    def _told(self, path: str, config: Config) -> list[str]:
-        """The first mistake that the run's configuration finds in a parameter."""
-        missing = _missing_entry(config, path) or idle(path, config)
-        if missing:
-            return [f"{missing}{self._line(path)}"]
-        parameter = self.parameters[path]
-        values: Sequence[Any] = parameter.tried()
-        if parameter.derived is not None:
-            values = self.extremes(linear(parameter.derived)) or ()
-        for state in self.states(path):
-            for value in values:
-                try:
-                    run = config.override({**state, path: value})
-                except UserError as error:
-                    return [f"{error}{self._line(path)}"]
-                if early := ends_early(run):
-                    return early
-        return []
-
-    def _line(self, path: str) -> str:
+    def line_of(self, path: str) -> str:
+        """Where a parameter stands in the file, to be said behind a sentence; else nothing."""
         for layer in self._layers:
             if ("parameters", path) in layer.lines:
                 return f" ({layer.origin}, line {layer.lines['parameters', path]})"
         return ""
-
-    def _start_problems(self, config: Config) -> list[str]:
-        found = []
-        for n, point in enumerate(self.start):
-            where = f"start.{n}"
-            strange = [path for path in point if path not in self.searched()]
-            found += [
-                f"{where}: {path} is not searched{nearest(path, self.searched())}"
-                for path in strange
-            ]
-            lacking = [p for p in self.searched() if self.active(p, point) and p not in point]
-            found += [f"{where}: {path} has to be given" for path in lacking]
-            if strange or lacking:
-                continue
-            found += [
-                f"{where}.{path}: {value!r} lies outside of the space"
-                for path, value in point.items()
-                if self.active(path, point) and not holds(self.parameters[path], value)
-            ]
-            found += [f"{where}: {problem}" for problem in _refused(config.override, point)]
-        return found
-
-
-def _refused(function: Any, argument: Any) -> list[str]:
-    try:
-        function(argument)
-    except ValueError as error:
-        return [str(error)]
-    return []
-
-
-def _missing_entry(config: Config, path: str) -> str | None:
-    """What is wrong where a path names an entry, such as a source, that the run does not have."""
-    node: Any = config
-    for n, part in enumerate(parts := path.split(".")):
-        if isinstance(node, Mapping):
-            if part not in node:
-                where = ".".join(parts[: n + 1])
-                return (
-                    f"{where}: the run has none of this name{nearest(part, node)}; there are: "
-                    + (", ".join(node) or "none")
-                )
-            node = node[part]
-        elif part in getattr(type(node), "model_fields", {}):
-            node = getattr(node, part)
-        else:
-            return None
-    return None

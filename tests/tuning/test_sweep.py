@@ -19,8 +19,8 @@ from bitray.settings import Passing, UserError
 from bitray.tuning import AxSearcher, SearchSpace
 from bitray.tuning import sweep as sweep_module
 from bitray.tuning import trial as trial_module
+from bitray.tuning.checks import METRICS
 from bitray.tuning.cost import cost_table
-from bitray.tuning.space import METRICS
 from bitray.tuning.stages import lengths
 from bitray.tuning.sweep import Cleaner, claim, longest, room, scheduler_of, sweep
 from bitray.tuning.trial import (
