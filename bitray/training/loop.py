@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -15,7 +15,7 @@ from bitray.models.batch import Batch
 from bitray.models.losses import LossModel, Metrics, Term
 from bitray.nn.curricula import set_saliency, set_sparsity, track_columns, update_columns
 from bitray.nn.linear import set_strength
-from bitray.optim import Norms, Reports, clip_grad_norm, set_learning_rates
+from bitray.optim import Norms, clip_grad_norm, set_learning_rates
 from bitray.settings import Passing, UserError
 from bitray.training.goodput import PRODUCTIVE, Clock
 from bitray.training.metrics import Sink, write_all
@@ -31,6 +31,7 @@ from bitray.training.spikes import Spike
 from bitray.training.state import Position
 from bitray.training.teacher import Teacher
 from bitray.training.watch import OwnWork, Stragglers
+from bitray.training.window import Window, summary, worker_metrics
 
 Tickets = Iterator[tuple[int, Batch]]
 """Numbered micro-batches of one worker, from `data_step` on (see `data.tickets`)."""
@@ -61,27 +62,6 @@ class Pass(NamedTuple):
     clean: Batch
     view: Batch
     names: list[str]
-
-
-@dataclass
-class Window:
-    """Sums since the last log line."""
-
-    sums: dict[str, Any] = field(default_factory=lambda: defaultdict(float))
-    """Of this worker; numbers, or scalars on its device."""
-    counts: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """Of all workers."""
-    before: torch.Tensor | None = None
-    """`Loop.source_sums` at its start."""
-    started: float = field(default_factory=time.perf_counter)
-    waited: float = 0.0
-    own: float = 0.0
-    """Seconds of this worker's work before it had to wait for others."""
-    steps: int = 0
-    updates: int = 0
-    """Steps that were not skipped."""
-    term_norms: dict[str, float] = field(default_factory=dict)
-    """Gradient norm of each objective, weight included, where it was measured."""
 
 
 @dataclass
@@ -441,73 +421,13 @@ class Loop:
             self._log()
 
     def _log(self) -> None:
-        self.write(self._summary())
-        self.on_worker(self._worker_metrics())
+        self.write(summary(self))
+        self.on_worker(worker_metrics(self.window))
         self.window = Window(before=self.source_sums.clone())
-
-    def _worker_metrics(self) -> dict[str, float]:
-        """Of this worker alone, over the window."""
-        window, seconds = self.window, time.perf_counter() - self.window.started
-        steps = max(window.steps, 1)
-        return {
-            "worker/own_seconds": window.own / steps,
-            "worker/step_seconds": seconds / steps,
-            "worker/data_wait": window.waited / seconds,
-        }
 
     def write(self, metrics: dict[str, float]) -> None:
         """Metrics of the current step to every sink (of rank 0); every worker calls it."""
         on_rank_zero(lambda: write_all(self.sinks, self.stage, self.position.step, metrics))
-
-    def _summary(self) -> dict[str, float]:
-        """Token-weighted means over the window and over all workers."""
-        window, settings = self.window, self.settings
-        sums = _sum_over_workers({key: float(value) for key, value in window.sums.items()})
-        by_source = self.source_sums - (0 if window.before is None else window.before)
-        tokens, nll, labels = all_reduce_sums(by_source).tolist()
-        seconds = time.perf_counter() - window.started
-        updates = window.updates or math.nan
-        metrics: dict[str, float] = {"train/loss": 0.0 * updates}
-        for name in (key[7:] for key in window.counts if key.startswith("weight/")):
-            count = max(window.counts[name], 1.0)
-            weight = window.counts[f"weight/{name}"]
-            mean = sums.get(f"{name}/sum", 0.0) / count
-            metrics["train/loss"] += weight * mean
-            metrics[f"train/{name}_loss"] = mean
-            metrics[f"schedule/{name}_weight"] = weight
-            for key in sums:
-                if key.startswith(f"{name}/") and not key.endswith("/sum"):
-                    metrics[f"train/{name}_{key.partition('/')[2]}"] = sums[key] / count
-        if "dlm" in window.counts:
-            metrics["train/dlm_num_masked"] = window.counts["dlm"] / updates
-        for at, name in enumerate(self.sources):
-            metrics[f"mixture/share_{name}"] = tokens[at] / window.counts["tokens"]
-            if labels[at]:
-                metrics[f"mixture/loss_{name}"] = nll[at] / labels[at]
-        metrics |= {f"train/grad_norm_{name}": norm for name, norm in window.term_norms.items()}
-        for group in self.optimizer.param_groups:
-            metrics[f"schedule/lr_{group['name']}"] = group["lr"]
-        if isinstance(self.optimizer, Reports):
-            metrics |= {f"train/{name}": value for name, value in self.optimizer.report().items()}
-        if self.mfu_per_rate is not None:
-            metrics["train/mfu"] = self.mfu_per_rate * window.counts["tokens"] / seconds
-        step, total = max(0, self.position.schedule_step - 1), settings.total_steps
-        if settings.saliency_curriculum.enabled:
-            metrics["schedule/saliency_k"] = settings.saliency_curriculum.k(step, total)
-        return metrics | {
-            "schedule/strength": self.position.strength,
-            "train/grad_norm": sums.get("grad_norm", math.nan) / world()[1] / updates,
-            "train/zclipped_steps": sums.get("zclipped", 0.0) / world()[1],
-            "train/tokens": float(self.position.tokens),
-            "train/tokens_per_second": window.counts["tokens"] / seconds,
-            "train/data_wait": window.waited / seconds,
-            "train/step_seconds": seconds / window.steps,
-            "train/skipped_steps": float(self.position.skipped),
-            "train/label_share": window.counts.get("continue_pretrain", math.nan)
-            / max(window.counts["tokens"], 1.0),
-            "train/padding": 1 - window.counts["tokens"]
-            / (window.steps * settings.rows_per_step * settings.max_seq_length),
-        }  # fmt: skip
 
 
 def _ratio(name: str, norms: dict[str, float]) -> float:
@@ -519,15 +439,6 @@ def _ratio(name: str, norms: dict[str, float]) -> float:
             f"and that of {_MEASURE} {reference:g}; give a number instead of auto"
         )
     return reference / own
-
-
-def _sum_over_workers(sums: dict[str, float]) -> dict[str, float]:
-    """Sums by name; workers may know different names, an empty ticket none at all."""
-    total: dict[str, float] = defaultdict(float)
-    for part in all_gather_objects(sums):
-        for key, value in part.items():
-            total[key] += value
-    return dict(total)
 
 
 def autocast_for(device: torch.device, precision: str) -> torch.autocast:
