@@ -3,6 +3,7 @@ sentence and is continued by the same command."""
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -70,6 +71,41 @@ def test_a_run_survives_storage_that_fails_and_storage_that_is_gone(
     assert storage.read_json(f"{s3}/runs/undisturbed/evaluations.json") == road.json(
         "evaluations.json"
     )
+
+
+def test_rows_that_vanish_in_mid_run_are_named_and_once_they_are_back_it_goes_on(
+    words: Callable[..., list[str]], s3: str, tmp_path: Path
+) -> None:
+    """Prepared rows in object storage, of which a source goes while the first stage trains: what is
+    known is trained on, and the stage that has to read anew says what is missing."""
+    said = words("vanishing", f"data.prepared_dir={s3}/prepared", "scaling.num_workers=1")
+    folder = Path(said[0].removeprefix("output_dir=")) / "vanishing"
+    log, gone = tmp_path / "log.txt", {}
+    (tmp_path / "cache").mkdir()
+    driver = driven(said, log, TMPDIR=str(tmp_path / "cache"), RAY_TMPDIR="/tmp")
+    try:
+        end = time.monotonic() + 300
+        while not list(folder.glob("stage0_checkpoint/checkpoints/step_*/COMPLETE")):
+            assert driver.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
+            time.sleep(0.05)
+        for file in storage.list_files(f"{s3}/prepared"):
+            if "/prose/" in file.uri:
+                gone[file.uri] = storage.read_bytes(file.uri)
+                storage.remove(file.uri)
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        assert gone and driver.wait(300) == 2, log.read_text()[-3000:]
+        text = log.read_text()
+        assert "Traceback" not in text
+        (told,) = re.findall(r"^error: .*", text, re.MULTILINE)
+        assert any(uri in told for uri in gone), told
+        for uri, content in gone.items():
+            storage.write_bytes(uri, content)
+        driver = driven(said, log)
+        assert driver.wait(600) == 0, log.read_text()[-3000:]
+    finally:
+        if driver.poll() is None:
+            driver.kill()
+    assert audit(str(folder)) == []
 
 
 def test_gradients_that_stay_infinite_stop_a_run_after_a_second_try(
