@@ -4,16 +4,19 @@ import http.client
 import random
 import socket
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 
 class FlakyS3:
-    """`rate` of all requests get an error: 500, 503 or a cut connection, or always `status`."""
+    """`rate` of all requests get an error: 500, 503 or a cut connection, or always `status`.
+    `change(done)` is called at every request that changes something, before and after it is."""
 
     def __init__(self, server: str, seed: int = 0, port: int = 0) -> None:
         self.rate, self.status = 0.0, 0
         self.failed = self.passed = 0
+        self.change: Callable[[bool], None] = lambda done: None
         self._random, self._lock = random.Random(seed), threading.Lock()
         target, outer = urlsplit(server).netloc, self
 
@@ -32,9 +35,15 @@ class FlakyS3:
                     upstream = http.client.HTTPConnection(target, timeout=60)
                     whole = ((k, v) for k, v in self.headers.items())
                     headers = {k: v for k, v in whole if k.lower() != "transfer-encoding"}
+                    changing = self.command not in ("GET", "HEAD")
+                    if changing:
+                        outer.change(False)
                     upstream.request(self.command, self.path, body, headers)
                     answer = upstream.getresponse()
-                    self._answer(answer.status, dict(answer.getheaders()), answer.read())
+                    content = answer.read()
+                    if changing:
+                        outer.change(True)
+                    self._answer(answer.status, dict(answer.getheaders()), content)
                     upstream.close()
 
             do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = forward

@@ -11,10 +11,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 # Workers are forked from a process that has all of this: importing takes longer than most of them.
-multiprocessing.set_forkserver_preload([
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload([
     "hypothesis", "pytest", "torch.distributed.checkpoint", "torch.distributed.fsdp",
     "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama",
-    "bitray.training.influence", "bitray.training.loop", "bitray.training.parallel",
+    "bitray.data.actor", "bitray.training.influence", "bitray.training.loop", "bitray.training.parallel",
     "bitray.training.teacher",
 ])  # fmt: skip
 

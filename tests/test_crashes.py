@@ -5,8 +5,8 @@ before or what it was to become, and the same work, done again, comes to its end
 """
 
 import asyncio
-import json
 import shutil
+import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from faults import by_seed, faulty, finished
+from flaky_s3 import FlakyS3
+from ranks import FORKED
 
 from bitray import Config, checkpoint, lease, storage
 from bitray.data.actor import MixtureActor
@@ -44,7 +46,7 @@ class Case(NamedTuple):
     """What has to hold after that; whether the work was done."""
 
 
-def save(root: Path, step: int) -> None:
+def save(root: Path | str, step: int) -> None:
     """Beside training, with retention, as a worker does."""
     saver = checkpoint.Saver()
     after = lambda: checkpoint.retain(str(root), 1)  # noqa: E731
@@ -53,7 +55,7 @@ def save(root: Path, step: int) -> None:
     saver.wait()
 
 
-def check_saved(root: Path, done: bool) -> None:
+def check_saved(root: Path | str, done: bool) -> None:
     newest = checkpoint.newest_complete(str(root))
     assert newest is not None, "the old one went before the new one was whole"
     step = checkpoint.load_state(newest)["step"]
@@ -63,7 +65,7 @@ def check_saved(root: Path, done: bool) -> None:
     assert step == 2 if done else step in (1, 2)
 
 
-def decide(root: Path, steps: int) -> None:
+def decide(root: Path | str, steps: int) -> None:
     """The journal of a stage with a decision every 5 steps, as far as it is not decided yet."""
     sizes = {"a": SourceSize(90, 900), "b": SourceSize(400, 3000)}
     stage = StageMixture(
@@ -73,7 +75,7 @@ def decide(root: Path, steps: int) -> None:
 
     async def story() -> None:
         actor = MixtureActor(str(root))
-        if not storage.exists(str(root / "s.json")):
+        if not storage.exists(storage.join(str(root), "s.json")):
             await actor.open("s", stage)
         for step in range(5, steps + 1, 5):
             await actor.set_weights("s", step, {"a": float(step), "b": 5.0})
@@ -81,9 +83,10 @@ def decide(root: Path, steps: int) -> None:
     asyncio.run(story())
 
 
-def check_journal(root: Path, done: bool) -> None:
-    path = root / "s.json"
-    steps = [e["step"] for e in json.loads(path.read_text())["journal"]] if path.exists() else []
+def check_journal(root: Path | str, done: bool) -> None:
+    uri = storage.join(str(root), "s.json")
+    journal = storage.read_json(uri)["journal"] if storage.exists(uri) else []
+    steps = [entry["step"] for entry in journal]
     assert steps == [-1, 5, 10, 15, 20][: len(steps)], "a decision was lost or taken twice"
     assert not done or len(steps) == 5
 
@@ -120,13 +123,13 @@ def check_identity(root: Path, done: bool) -> None:
             claim(config(root, "data.seed=5"), {"256": {"a": "a"}})
 
 
-def tell(root: Path) -> None:
+def tell(root: Path | str) -> None:
     events = Events(Claim(str(root), 1, "me"), "driver")
     for number in range(4):
         events.write("checkpoint", number=number)
 
 
-def check_events(root: Path, done: bool) -> None:
+def check_events(root: Path | str, done: bool) -> None:
     found: dict[str, list[int]] = {}
     for event in read_events(str(root)):
         found.setdefault(event["file"], []).append(event["number"])
@@ -186,3 +189,46 @@ def test_a_disk_that_fails_now_and_then_loses_nothing(tmp_path: Path, name: str)
         case.work(root)
         case.check(root, True)
     assert failed, "the disk did not fail"
+
+
+# ------------------------------------------------------------------------------- object storage
+
+
+def work(name: str, root: str) -> None:
+    CASES[name].work(root)  # type: ignore[arg-type]
+
+
+def killed(proxy: FlakyS3, name: str, root: str, at: int) -> bool:
+    """Whether the work in a process of its own was killed at one of its requests: at an even number
+    before the server has it, else when it is done and nobody was told."""
+    child, left = FORKED.Process(target=work, args=(name, root)), [at]
+
+    def change(done: bool) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            child.kill()
+
+    proxy.change = change
+    child.start()
+    child.join()
+    proxy.change = lambda done: None
+    assert child.exitcode in (0, -signal.SIGKILL), "the child failed in another way"
+    return child.exitcode != 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", ["checkpoint", "journal", "events"])
+def test_a_crash_at_any_request_to_object_storage_loses_nothing(
+    name: str, proxy: FlakyS3, s3: str
+) -> None:
+    case, crash, dead = CASES[name], 0, True
+    while dead:
+        crash += 1
+        root: Any = f"{s3}/{crash}"
+        case.before(root)
+        dead = killed(proxy, name, root, crash)
+        case.check(root, not dead)
+        case.work(root)
+        case.check(root, True)
+    assert crash > 10, "fewer requests than there have to be: nothing was crashed"
