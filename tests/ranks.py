@@ -15,8 +15,8 @@ FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload([
     "hypothesis", "pytest", "torch.distributed.checkpoint", "torch.distributed.fsdp",
     "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama",
-    "bitray.data.actor", "bitray.training.influence", "bitray.training.loop", "bitray.training.parallel",
-    "bitray.training.teacher",
+    "bitray.data.actor", "bitray.training.influence", "bitray.training.loop",
+    "bitray.training.parallel", "bitray.training.teacher",
 ])  # fmt: skip
 
 
