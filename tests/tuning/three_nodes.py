@@ -116,7 +116,10 @@ def wait_for(condition: Any) -> float:
     return time.monotonic() - began
 
 
-OF_THE_CLUSTER = ("TrainStateActor", "ActorLocationTracker", "_UsageCollectionActor", "_StatsActor")
+OF_THE_CLUSTER = (
+    "TrainStateActor", "ActorLocationTracker", "_UsageCollectionActor", "_StatsActor",
+    "_AutoscalingCoordinatorActor",
+)  # fmt: skip
 """Actors of Ray's that live as long as the cluster."""
 
 
