@@ -31,18 +31,33 @@ def ray_session() -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         check_address(address)
-    context: Any = ray.init(
-        address or "local",  # not one that somebody else left running on this machine
-        object_store_memory=None if address else OBJECT_STORE_BYTES,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    with _short_paths():
+        context: Any = ray.init(
+            address or "local",  # not one that somebody else left running on this machine
+            object_store_memory=None if address else OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         check_dashboard(context.dashboard_url or "")
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _short_paths() -> Iterator[None]:
+    """Sockets have names of 107 bytes at most; Ray's lie below a folder of temporary files."""
+    try:
+        yield
+    except OSError as error:
+        if "AF_UNIX path length" not in str(error):
+            raise
+        name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+        raise UserError(
+            f"{name}={os.environ.get(name)}: too long a path for Ray's sockets; set RAY_TMPDIR=/tmp"
+        ) from None
 
 
 def check_address(address: str) -> None:
