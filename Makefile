@@ -14,13 +14,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## text -> ternary model -> GGUF, on the CPUs at hand
 	$(BIN)/python jobs/pretrain.py
 
-# Tests share out the cores, a thread for each; a Ray cluster wants all of them, so its tests come one
-# by one.
+# Tests share out the cores, a thread for each; those with a Ray cluster wait more than they work, and
+# two files of them go beside each other.
 APART := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not ray' -n auto --dist worksteal
 
 test: check $(STAMP)  ## what CI runs
 	$(APART)
-	$(BIN)/python -m pytest -m 'ray and not slow'
+	$(BIN)/python -m pytest -m 'ray and not slow' -n 2 --dist loadfile
 
 test-all: check $(STAMP)  ## the slow ones too
 	$(APART)

@@ -1,6 +1,7 @@
 """A small run, what it leaves in its folder, and the same training in process by one worker."""
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -124,3 +125,11 @@ def differing(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]
     """Names of tensors that are not bit-equal."""
     assert one.keys() == other.keys()
     return [name for name, value in one.items() if not torch.equal(value, other[name])]
+
+
+def wait_for(path: Path, seconds: float = 240) -> None:
+    """Until a file is there."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} did not come"
+        time.sleep(0.01)

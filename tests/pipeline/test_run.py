@@ -5,12 +5,9 @@ The reference is the same training done in process, from the plan of rows that s
 give. Every start of Ray Train costs 15-25 s, so runs are few and are looked at by many tests.
 """
 
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from road import TRAINED, Road, alone, differing, weights
+from road import TRAINED, Road, alone, differing, wait_for, weights
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -37,7 +34,6 @@ from bitray.pipeline.run import run
 from bitray.settings import UserError
 
 pytestmark = pytest.mark.ray
-JOBS = Path(__file__).parents[2] / "jobs"
 
 
 @pytest.fixture(autouse=True)
@@ -373,13 +369,6 @@ def workers() -> list[psutil.Process]:
     return found
 
 
-def wait_for(path: Path, seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < end, f"{path} did not come"
-        time.sleep(0.01)
-
-
 def test_a_killed_worker_costs_only_time(road: Road, configured: Callable[..., Config]) -> None:
     """SIGKILL in mid-stage: the group starts again from the last whole checkpoint and ends
     bit-equal to the undisturbed run; no step is there twice."""
@@ -404,51 +393,6 @@ def test_a_killed_worker_costs_only_time(road: Road, configured: Callable[..., C
         assert not differing(weights(disturbed.final(stage)), weights(road.final(stage)))
         assert disturbed.metrics(stage) == road.metrics(stage)
     assert disturbed.json("evaluations.json") == road.json("evaluations.json")
-
-
-def drive(words: list[str], log: Path) -> subprocess.Popen[bytes]:
-    """The job as a user starts it, in a process group of its own, as a terminal gives it."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    return subprocess.Popen(
-        [sys.executable, str(JOBS / "pretrain.py"), *words],
-        stdout=log.open("ab"), stderr=subprocess.STDOUT, start_new_session=True, env=environment,
-    )  # fmt: skip
-
-
-def test_an_interrupted_run_is_continued_by_the_same_command(
-    words: Callable[..., list[str]], configured: Callable[..., Config], tmp_path: Path
-) -> None:
-    """Ctrl-C in mid-stage leaves a checkpoint and exit code 130; the same command ends bit-equal to
-    one worker that was never interrupted."""
-    said = ("interrupted", "scaling.num_workers=1")
-    stopped = Road(configured(*said))
-    log = tmp_path / "log.txt"
-    driver = drive(words(*said), log)
-    try:
-        wait_for(stopped.checkpoints("stage0") / "step_000008" / "COMPLETE")
-        os.killpg(driver.pid, signal.SIGINT)
-        assert driver.wait(120) == 130, log.read_text()[-3000:]
-        text = log.read_text()
-        assert "stopped in stage0; the same command continues it" in text
-        assert "Traceback" not in text
-        left = checkpoint.newest_complete(str(stopped.checkpoints("stage0")))
-        assert left is not None
-        at = checkpoint.load_state(left)["position"]["step"]
-        assert 8 <= at < 20 and at == stopped.lines("stage0")[-1]["step"]
-        assert not (stopped.folder / "STOP").exists()
-
-        driver = drive(words(*said), log)
-        assert driver.wait(300) == 0, log.read_text()[-3000:]
-    finally:
-        if driver.poll() is None:
-            os.killpg(driver.pid, signal.SIGKILL)
-    assert f"stage0    continues from {left}, step {at}/20" in log.read_text()
-    for stage in TRAINED:
-        steps = [line["step"] for line in stopped.lines(stage) if "train/loss" in line]
-        assert steps == list(range(1, len(steps) + 1))
-        losses, expected = alone(stopped, stage)
-        assert stopped.metrics(stage) == losses
-        assert not differing(weights(stopped.final(stage)), expected)
 
 
 @pytest.mark.slow
