@@ -116,15 +116,6 @@ def test_more_workers_and_readers_than_cpus(command: Command) -> None:
     assert "needs 1802 CPUs (900 workers x 2 + 8 readers x 0.25), this machine has " in told
 
 
-def test_a_folder_of_temporary_files_with_too_long_a_path(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The names of Ray's sockets would not fit."""
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("a" * 90)))
-    told = command("pretrain", FRESH).sentence()
-    assert told.startswith("RAY_TMPDIR=") and told.endswith("; set RAY_TMPDIR=/tmp")
-
-
 @pytest.mark.parametrize("flags", [[], ["--dry-run"]])
 @pytest.mark.parametrize(
     ("address", "said"), [("127.0.0.1:1", "nobody answers"), ("http://127.0.0.1:1", "submitted")]

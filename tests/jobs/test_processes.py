@@ -69,6 +69,15 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+def test_too_long_a_path_for_the_sockets_of_ray_is_one_sentence(tmp_path: Path) -> None:
+    folder = tmp_path / ("a" * 90)
+    done = call(tmp_path, "pretrain", "experiment=x", RAY_TMPDIR=str(folder))
+    assert done.returncode == 2, done.stderr
+    told = f"RAY_TMPDIR={folder}: too long a path for Ray's sockets; set RAY_TMPDIR=/tmp"
+    assert done.stderr.splitlines()[-1] == f"error: {told}"
+    assert "Traceback" not in done.stderr
+
+
 def test_an_export_speaks_of_nothing_else(tmp_path: Path, models: Path) -> None:
     """No progress bars and warnings of libraries in a log, and only the file is written."""
     done = call(
