@@ -24,7 +24,7 @@ from bitray.models.convert import to_bitnet
 from bitray.models.loading import build_model
 from bitray.models.losses import Term
 from bitray.nn import BitLinear
-from bitray.nn.product import ternary_product
+from bitray.nn.product import kernel_problem, ternary_product
 from bitray.objectives import ContinuePretrain
 from bitray.settings import UserError
 from bitray.training.loop import autocast_for
@@ -116,6 +116,7 @@ def layers(
 def products(tokens: int, inner: int, outer: int, device: torch.device, pairs: int) -> Line:
     """The product of codes, scaled, against the bare product of what training would else use."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    kernel = kernel_problem(device) is None
     x = torch.randint(-127, 128, (tokens, inner), device=device, dtype=torch.int8)
     w = torch.randint(-1, 2, (outer, inner), device=device, dtype=torch.int8)
     dense_x, dense_w = torch.randn_like(x, dtype=dtype), torch.randn_like(w, dtype=dtype)
@@ -123,7 +124,7 @@ def products(tokens: int, inner: int, outer: int, device: torch.device, pairs: i
 
     def ours() -> None:
         for _ in range(10):
-            ternary_product(x, scale, w, weight_scale, None, dtype, device.type == "cuda")
+            ternary_product(x, scale, w, weight_scale, None, dtype, kernel)
 
     def dense() -> None:
         for _ in range(10):
@@ -169,7 +170,7 @@ def lines(models: list[str], changes: dict[str, str], pairs: int) -> Iterator[Li
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = [(16384, width, width) for width in (2048, 4096, 8192)]
     for size in sizes if device.type == "cuda" else [(2048, 1024, 1024)]:
-        for int8_kernel in [False, True] if device.type == "cuda" else [False]:
+        for int8_kernel in [False, True] if kernel_problem(device) is None else [False]:
             torch.compiler.reset()  # else sizes become dynamic
             yield layers(size, device, pairs, int8_kernel)
         yield products(*size, device, pairs)

@@ -199,7 +199,7 @@ def work(name: str, root: str) -> None:
 
 
 def killed(proxy: FlakyS3, name: str, root: str, at: int) -> bool:
-    """Whether the work in a process of its own was killed at one of its requests: at an even number
+    """Whether the work in a process of its own was killed at one of its requests: at an odd number
     before the server has it, else when it is done and nobody was told."""
     child, left = FORKED.Process(target=work, args=(name, root)), [at]
 

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import custom_op
 
 _ROWS, _COLUMNS = 128, 128
 """Of a tile. With these, 4 warps and 3 stages it was the fastest of 16 on an H200 at every size
@@ -52,7 +53,7 @@ def _kernel(  # noqa: PLR0917 - launched by position
 
 
 # Opaque to the compiler: of sizes that it holds for dynamic it tells Triton no alignment.
-@torch.library.custom_op("bitray::scaled_int8_product", mutates_args=())
+@custom_op("bitray::scaled_int8_product", mutates_args=())
 @no_type_check
 def scaled_int8_product(  # noqa: PLR0917 - as operators of torch take them
     x: Tensor,
@@ -75,14 +76,6 @@ def scaled_int8_product(  # noqa: PLR0917 - as operators of torch take them
     return out
 
 
-@scaled_int8_product.register_fake
-@no_type_check
-def _(  # noqa: PLR0917 - as above
-    x: Tensor,
-    w: Tensor,
-    x_scale: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    return x.new_empty(len(x), len(w), dtype=dtype)
+scaled_int8_product.register_fake(
+    lambda x, w, x_scale, w_scale, bias, dtype: x.new_empty(len(x), len(w), dtype=dtype)
+)

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 _VNNI = torch.cpu._is_vnni_supported() and torch.backends.mkldnn.is_available()
 """Without VNNI oneDNN may saturate int8 products, which would not be exact."""
 _LEAST = 1024
-"""On GPUs products of fewer tokens, or of narrower layers, are no faster in int8."""
+"""Tokens, and features on either side, below which a GPU keeps to floats: on an H200 the kernel was
+slower at a width of 576 (0.67 times as fast), faster at 2048 (1.42)."""
 
 
 def ternary_product(  # noqa: PLR0917 - two factors, each with its scale
