@@ -127,6 +127,7 @@ def tell(root: Path | str) -> None:
     events = Events(Claim(str(root), 1, "me"), "driver")
     for number in range(4):
         events.write("checkpoint", number=number)
+    events.close()
 
 
 def check_events(root: Path | str, done: bool) -> None:
@@ -218,10 +219,11 @@ def killed(proxy: FlakyS3, name: str, root: str, at: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("name", ["checkpoint", "journal", "events"])
+@pytest.mark.parametrize(("name", "least"), [("checkpoint", 10), ("journal", 10), ("events", 2)])
 def test_a_crash_at_any_request_to_object_storage_loses_nothing(
-    name: str, proxy: FlakyS3, s3: str
+    name: str, least: int, proxy: FlakyS3, s3: str
 ) -> None:
+    """Events that wait for storage may be written together, in one request."""
     case, crash, dead = CASES[name], 0, True
     while dead:
         crash += 1
@@ -231,4 +233,4 @@ def test_a_crash_at_any_request_to_object_storage_loses_nothing(
         case.check(root, not dead)
         case.work(root)
         case.check(root, True)
-    assert crash > 10, "fewer requests than there have to be: nothing was crashed"
+    assert crash > least, "fewer requests than there have to be: nothing was crashed"
