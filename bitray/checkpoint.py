@@ -12,7 +12,6 @@ can run code (see `safe_reader`). A `Saver` writes beside training. When to save
 import json
 import pickle
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future as Pending
@@ -49,6 +48,7 @@ from bitray.safe_reader import (
     relative_name,
     sha256,
 )
+from bitray.scratch import Scratch
 from bitray.settings import UserError, nearest
 
 STATE = "state.json"
@@ -223,7 +223,7 @@ def _stage(directory: str) -> Iterator[str]:
     if not storage.is_remote(directory):
         yield storage.local_path(directory)
         return
-    with tempfile.TemporaryDirectory(prefix="bitray-checkpoint-") as folder:
+    with Scratch() as folder:
         yield folder
 
 

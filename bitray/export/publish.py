@@ -3,12 +3,12 @@
 import os
 import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from bitray import storage
+from bitray.scratch import Scratch
 from bitray.settings import UserError
 
 
@@ -16,7 +16,7 @@ from bitray.settings import UserError
 def published_file(uri: str) -> Iterator[Path]:
     """A temporary path to write to; renamed (or uploaded) to `uri` if the block succeeds."""
     if storage.is_remote(uri):
-        with tempfile.TemporaryDirectory() as folder:
+        with Scratch() as folder:
             path = Path(folder) / uri.rsplit("/", 1)[-1]
             yield path
             storage.upload(str(path), uri)
@@ -47,7 +47,7 @@ def published_folder(uri: str, marker: str) -> Iterator[Path]:
     if occupied and not storage.exists(storage.join(uri, marker)):
         raise UserError(f"{uri}: exists and holds no {marker}; name a new or empty folder")
     if storage.is_remote(uri):
-        with tempfile.TemporaryDirectory() as folder:
+        with Scratch() as folder:
             yield Path(folder)
             if storage.exists(uri):
                 storage.remove(uri)

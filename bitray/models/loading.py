@@ -5,7 +5,6 @@ repository runs. A missing or unexpected weight is an error: nothing stays rando
 """
 
 import json
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -36,6 +35,7 @@ from bitray.models.families import family_of
 from bitray.models.low_rank import add_corrections
 from bitray.models.moe import add_experts, experts_of
 from bitray.nn import bit_linears, set_strength
+from bitray.scratch import Scratch
 from bitray.settings import UserError, nearest
 
 WEIGHTS = "model.safetensors"
@@ -195,7 +195,7 @@ def local_model(path_or_hub_id: str) -> Iterator[str | None]:
     if not complete and not storage.is_remote(path_or_hub_id):
         yield storage.local_path(path_or_hub_id)
         return
-    with tempfile.TemporaryDirectory() as temporary:
+    with Scratch() as temporary:
         if complete:
             _copy_model_files(path_or_hub_id, Path(temporary))
         else:
@@ -344,7 +344,7 @@ def save_model(
     tensors = {name: _whole(tensor) for name, tensor in tensors_once(model).items()}
     if dist.is_initialized() and dist.get_rank() != 0:
         return
-    with tempfile.TemporaryDirectory() as temporary:
+    with Scratch() as temporary:
         for name, content in model_files(model, tokenizer).items():
             beside = name.removeprefix(f"{MODEL_FILES}/")
             storage.write_bytes(storage.join(directory, beside), content)
@@ -361,7 +361,7 @@ def model_files(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> dict[str, bytes]:
     """Config (with our section) and tokenizer as checkpoints carry them: `model/NAME` -> bytes."""
-    with tempfile.TemporaryDirectory() as temporary:
+    with Scratch() as temporary:
         config = deepcopy(model.config)
         config.architectures = [type(model).__name__]
         config.save_pretrained(temporary)

@@ -1,7 +1,6 @@
 """After the last stage: exports, samples, the table, the report."""
 
 import statistics
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from bitray.pipeline.cost import ESTIMATE, Expected, comparison, load
 from bitray.pipeline.evaluations import CONVERTED, ORIGINAL, read_evaluations
 from bitray.pipeline.folders import StageFolder
 from bitray.pipeline.report import Table, read_metrics, write_report
+from bitray.scratch import Scratch
 from bitray.training import goodput
 from bitray.training.loop import mean_loss
 
@@ -110,7 +110,7 @@ def _written(uri: str) -> Iterator[str]:
     if not storage.is_remote(uri):
         yield uri
         return
-    with tempfile.TemporaryDirectory() as temporary:
+    with Scratch() as temporary:
         path = str(Path(temporary) / "export")
         yield path
         storage.upload(path, uri)

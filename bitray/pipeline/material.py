@@ -1,6 +1,5 @@
 """What the stages work on: a tokenizer, and rows prepared for every length that a run needs."""
 
-import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -24,6 +23,7 @@ from bitray.models.loading import commit_of, load_tokenizer, local_model
 from bitray.pipeline.config import Config
 from bitray.pipeline.groups import RowKind
 from bitray.pipeline.identity import FILE
+from bitray.scratch import Scratch
 from bitray.settings import UserError
 from bitray.storage import FileInfo
 
@@ -106,7 +106,7 @@ def _tokenizer_of(config: Config, on_hub: Pinned) -> str:
     folder = storage.join(prepared_root(config), f"tokenizer-{key[:16]}")
     if not storage.exists(storage.join(folder, "tokenizer.json")):
         print(f"tokenizer: training {size} tokens", flush=True)
-        with tempfile.TemporaryDirectory() as temporary:
+        with Scratch() as temporary:
             texts = documents(config.data, max_bytes=TOKENIZER_BYTES, pinned=on_hub)
             train_tokenizer(texts, size).save_pretrained(temporary)
             # its main file last: where that is, the tokenizer is whole

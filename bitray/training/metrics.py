@@ -5,8 +5,6 @@ import logging
 import math
 import os
 import queue
-import shutil
-import tempfile
 import threading
 import time
 import warnings
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from bitray import storage
+from bitray.scratch import Scratch
 
 log = logging.getLogger("bitray")
 Metrics = Mapping[str, float]
@@ -51,9 +50,8 @@ class JsonLines:
         self.uri = uri
         remote = storage.is_remote(uri)
         self.thread = ThreadPoolExecutor(1, "metrics") if remote else None
-        self.path = (
-            Path(tempfile.mkdtemp(prefix="bitray-")) / "metrics.jsonl" if remote else Path(uri)
-        )
+        self.scratch = Scratch() if remote else None
+        self.path = Path(self.scratch.path, "metrics.jsonl") if self.scratch else Path(uri)
         kept = [line for line in _lines(uri) if _is_before(json.loads(line), stage, step)]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         storage.write_text(str(self.path), "".join(f"{line}\n" for line in kept))
@@ -80,7 +78,8 @@ class JsonLines:
         self.file.close()
         if self.thread:
             self.thread.shutdown()
-            shutil.rmtree(self.path.parent)
+        if self.scratch:
+            self.scratch.close()
 
 
 def _lines(uri: str) -> list[str]:
@@ -101,8 +100,8 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self.uri = storage.join(directory, stage)
-        self.remote = storage.is_remote(directory)
-        self.path = tempfile.mkdtemp(prefix="bitray-") if self.remote else self.uri
+        self.scratch = Scratch() if storage.is_remote(directory) else None
+        self.path = self.scratch.path if self.scratch else self.uri
         self.writer = SummaryWriter(self.path, purge_step=step + 1 if step else None)
 
     def write(self, stage: str, step: int, metrics: Metrics) -> None:
@@ -111,14 +110,14 @@ class TensorBoard:
 
     def flush(self) -> None:
         self.writer.flush()
-        for file in Path(self.path).iterdir() if self.remote else ():
+        for file in Path(self.path).iterdir() if self.scratch else ():
             storage.write_bytes(storage.join(self.uri, file.name), file.read_bytes())
 
     def close(self) -> None:
         self.flush()
         self.writer.close()
-        if self.remote:
-            shutil.rmtree(self.path)
+        if self.scratch:
+            self.scratch.close()
 
 
 class WeightsAndBiases:
@@ -140,11 +139,11 @@ class WeightsAndBiases:
         online = bool(os.environ.get("WANDB_API_KEY")) or os.environ.get("WANDB_MODE") == "online"
         self.uri = storage.join(directory, "wandb")
         remote = storage.is_remote(directory)
-        self.temporary = tempfile.mkdtemp(prefix="bitray-") if remote else None
+        self.scratch = Scratch() if remote else None
         arguments = {
             "project": project, "name": name, "id": run_id, "resume": "allow", "config": config,
             "group": group, "tags": list(tags),
-            "dir": self.temporary or directory,
+            "dir": self.scratch.path if self.scratch else directory,
             "mode": "online" if online else "offline",
         }  # fmt: skip
         self.held: list[dict[str, float]] = []
@@ -160,9 +159,9 @@ class WeightsAndBiases:
             while (record := self.records.get()) is not None:
                 run.log(record)
             run.finish()
-            if self.temporary and arguments["mode"] == "offline":
+            if self.scratch and arguments["mode"] == "offline":
                 wandb.teardown()  # W&B's own process goes on to write for a moment
-                storage.upload(os.path.join(self.temporary, "wandb"), self.uri)
+                storage.upload(os.path.join(self.scratch.path, "wandb"), self.uri)
         except Exception as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             warnings.warn(f"Weights & Biases failed, training goes on: {reason}", stacklevel=1)
@@ -187,8 +186,8 @@ class WeightsAndBiases:
         self.saving()()
         self.records.put(None)
         self.thread.join(timeout=CLOSING_SECONDS)
-        if self.temporary:
-            shutil.rmtree(self.temporary, ignore_errors=True)
+        if self.scratch:
+            self.scratch.close()
 
 
 class Console:

@@ -30,6 +30,7 @@ from bitray.models.loading import skeleton
 from bitray.models.losses import LossModel
 from bitray.models.low_rank import add_corrections, corrected_layers, train_corrections_only
 from bitray.models.sparse import TopK
+from bitray.scratch import Scratch
 from bitray.training.loop import Every, Loop, autocast_for
 from bitray.training.parallel import parallelize, with_losses, world
 from bitray.training.settings import TrainingSettings
@@ -230,7 +231,7 @@ def _alone_among(rank: int, world: int) -> None:
 
 def _model(config: str, subln: SubLNChoice | None) -> PreTrainedModel:
     """The model of a config, its weights anything that is finite."""
-    with tempfile.TemporaryDirectory() as folder:
+    with Scratch() as folder:
         (Path(folder) / "config.json").write_text(config)
         model = skeleton(folder)
     model = model if subln is None else to_bitnet(model, subln)

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from ax.api.client import Client
 from ax.api.configs import ChoiceParameterConfig, RangeParameterConfig
 from ax.utils.common.random import with_rng_seed
 
+from bitray.scratch import Scratch
 from bitray.tuning.linear import Linear, at_most_zero
 from bitray.tuning.parameter import encoded, mixed, name_of
 from bitray.tuning.space import SearchSpace
@@ -70,7 +70,7 @@ def candidate(client: Client, space: SearchSpace, number: int) -> tuple[int, dic
 
 def as_json(client: Client) -> str:
     """All of Ax's state."""
-    with tempfile.TemporaryDirectory() as folder:
+    with Scratch() as folder:
         path = Path(folder) / "ax.json"
         client.save_to_json_file(str(path))
         return path.read_text()
@@ -79,7 +79,7 @@ def as_json(client: Client) -> str:
 def from_json(text: str) -> Client:
     """The client that `as_json` was given."""
     _quiet()
-    with tempfile.TemporaryDirectory() as folder:
+    with Scratch() as folder:
         path = Path(folder) / "ax.json"
         path.write_text(text)
         return Client.load_from_json_file(str(path))

@@ -95,7 +95,7 @@ def test_what_wandb_wrote_offline_goes_to_the_runs_storage(
     sink = WeightsAndBiases("bitray", "a-run", "an-id", f"{s3}/run", {})
     sink.write("stage0", 1, {"train/loss": 2.5})
     sink.close()
-    assert sink.temporary is not None and not Path(sink.temporary).exists()
+    assert sink.scratch is not None and not Path(sink.scratch.path).exists()
     storage.download_tree(f"{s3}/run/wandb", str(tmp_path / "wandb"))
     assert [line["stage0/train/loss"] for line in histories(tmp_path)] == [2.5]
 
