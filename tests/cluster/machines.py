@@ -21,6 +21,17 @@ TOKEN = "0123456789abcdef" * 4
 SECONDS = 600.0
 """Until something has to have happened; machines are crowded."""
 
+OF_RUNS = ("jobs/pretrain.py", "RayTrainWorker", "MixtureActor", "TrainController", "_Queue")
+"""Names of the processes that a run has."""
+
+
+def alive(process: psutil.Process) -> bool:
+    """Whether a process is still there, and not only for its parent to look at."""
+    try:
+        return bool(process.is_running() and process.status() != "zombie")
+    except psutil.Error:
+        return False
+
 
 def wait_for(what: Callable[[], Any], seconds: float = SECONDS, why: str = "") -> Any:
     """What `what` gives, once that is true."""
@@ -36,9 +47,12 @@ class Machines:
 
     def __init__(self, *nodes: dict[str, Any], **variables: str) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="br", dir="/tmp"))  # short, for Ray's sockets
+        self.temporary = self.folder / "tmp"
+        self.temporary.mkdir()
         kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         self.environment = kept | {
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_TMPDIR": str(self.folder),
+            "TMPDIR": str(self.temporary),
             "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}",
             "RAY_health_check_initial_delay_ms": "2000", "RAY_health_check_period_ms": "1000",
             "RAY_health_check_timeout_ms": "20000", "RAY_worker_niceness": "0", **variables,
@@ -159,7 +173,7 @@ class Machines:
         found = []
         for process in psutil.Process(root).children(recursive=True):
             try:
-                if name in " ".join(process.cmdline()) and process.status() != "zombie":
+                if name in " ".join(process.cmdline()) and alive(process):
                     found.append(process)
             except psutil.Error:
                 continue
@@ -180,7 +194,7 @@ class Machines:
             time.sleep(0.5)
 
     def leaks(self) -> list[str]:
-        """Actors, placement groups and processes of jobs that are still there."""
+        """Actors, placement groups, processes and temporary folders of jobs still there."""
         actors = self.get("/api/v0/actors?limit=10000&detail=1")["data"]["result"]["result"]
         groups = self.get("/api/v0/placement_groups?limit=10000")["data"]["result"]["result"]
         alive = {
@@ -190,6 +204,12 @@ class Machines:
             and (not each["is_detached"] or each["class_name"] == "PlacementGroupCleaner")
         }
         held = [each["state"] for each in groups if each["state"] != "REMOVED"]
-        names = ("jobs/pretrain.py", "RayTrainWorker", "MixtureActor", "TrainController", "_Queue")
-        running = [name for name in names if self.processes(name)]
-        return [*alive, *held, *running]
+        return [*alive, *held, *self.running(), *self.scratch()]
+
+    def running(self) -> list[str]:
+        """What of a run has processes that are still there."""
+        return [name for name in OF_RUNS if self.processes(name)]
+
+    def scratch(self) -> list[str]:
+        """Temporary folders that bitray has made here and not removed."""
+        return [str(path.parent) for path in self.temporary.glob("bitray-[0-9]*/*/files")]

@@ -42,21 +42,21 @@ def test_the_world_follows_the_nodes(
     found, clean = (Road(Config.load(overrides=w)) for w in (said, reference))
     submission = machines.submit("jobs/pretrain.py", said)
 
-    def reached() -> int:
-        there = (found.folder / "metrics.jsonl").exists()
-        return max([n["step"] for n in found.lines("stage0")] if there else [0], default=0)
-
     def goes_on(what: Callable[[], None], workers: int) -> tuple[float, int, int]:
         """Seconds until the next new step, the step before, and the step that it went on from."""
-        began, at, lines = time.time(), reached(), machines.logs(submission).count("stage0    cont")
+        began, at, lines = (
+            time.time(),
+            found.reached(),
+            machines.logs(submission).count("stage0    cont"),
+        )
         what()
         wait_for(lambda: machines.logs(submission).count("stage0    cont") > lines, why="a start")
         told = [t for t in machines.logs(submission).splitlines() if "continues" in t][-1]
         assert told.endswith(f", {workers} workers"), told
-        wait_for(lambda: reached() > at + 1, why="a new step")
+        wait_for(lambda: found.reached() > at + 1, why="a new step")
         return time.time() - began, at, int(told.split("step ")[1].split("/")[0])
 
-    wait_for(lambda: reached() >= 12, why="step 12")
+    wait_for(lambda: found.reached() >= 12, why="step 12")
     seconds, at, start = goes_on(lambda: drain(machines, 2, 60), 1)
     print(f"\nnotice at step {at}: went on from {start} on 1 worker after {seconds:.1f} s")
     kept = Path(found.checkpoints("stage0")) / f"step_{start:06d}" / "COMPLETE"

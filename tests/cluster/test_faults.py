@@ -24,13 +24,8 @@ def machines() -> Iterator[Machines]:
 
 def begun(found: Any, step: int) -> int:
     """Wait until a run has reached a step; where it is."""
-
-    def reached() -> int:
-        there = (found.folder / "metrics.jsonl").exists()
-        return max([n["step"] for n in found.lines("stage0")] if there else [0], default=0)
-
-    wait_for(lambda: reached() >= step, why=f"step {step}")
-    return reached()
+    wait_for(lambda: found.reached() >= step, why=f"step {step}")
+    return int(found.reached())
 
 
 def start(machines: Machines, said: Sequence[str]) -> tuple[Any, str]:

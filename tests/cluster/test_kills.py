@@ -6,10 +6,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
-from conftest import WORKER
-from machines import ROOT, Machines, wait_for
+from conftest import HEAD, WORKER
+from machines import OF_RUNS, ROOT, Machines, alive, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 SEED = 6
@@ -48,7 +49,7 @@ def test_a_kill_costs_only_time(
     clean,  # type: ignore[no-untyped-def]
     victim: str,
 ) -> None:
-    from road import Road, differing, weights
+    from road import Road
 
     from bitray import Config
 
@@ -58,19 +59,14 @@ def test_a_kill_costs_only_time(
     found = Road(Config.load(overrides=said))
     submission = machines.submit("jobs/pretrain.py", said)
 
-    def reached() -> int:
-        there = (found.folder / "metrics.jsonl").exists()
-        steps = [line["step"] for line in found.lines("stage0")] if there else []
-        return max(steps, default=0)
-
     def readers() -> list[str]:
         return [name for name in ("_Bundles", "Read") if machines.processes(name)]
 
     if victim == "reader":  # rows are read ahead, so that they are done long before training is
         wait_for(readers, why="readers")
     else:
-        wait_for(lambda: reached() >= step, why=f"step {step}")
-    struck, at = time.time(), reached()
+        wait_for(lambda: found.reached() >= step, why=f"step {step}")
+    struck, at = time.time(), found.reached()
     if victim == "reader":
         machines.strike(readers()[0], number)
     elif victim == "node":
@@ -87,9 +83,44 @@ def test_a_kill_costs_only_time(
         names = {"worker": "RayTrainWorker", "mixture": "MixtureActor",
                  "controller": "TrainController"}  # fmt: skip
         machines.strike(names[victim], number)
-    wait_for(lambda: reached() > at, why="a new step")
+    wait_for(lambda: found.reached() > at, why="a new step")
     print(f"\n{victim} killed at step {at}: first new step after {time.time() - struck:.1f} s")
     machines.succeeded(submission)
+    assert_undisturbed(found, clean, machines)
+
+
+def test_a_killed_head_ends_the_run_and_another_cluster_continues_it(
+    machines: Machines,
+    words: Callable[..., Sequence[str]],
+    clean,  # type: ignore[no-untyped-def]
+) -> None:
+    """Nobody can start workers or take their reports any more: all of them end by themselves."""
+    from road import Road
+
+    from bitray import Config
+
+    said = list(words("killed_head"))
+    found = Road(Config.load(overrides=said))
+    first = Machines(HEAD, WORKER, WORKER, RAY_gcs_rpc_server_reconnect_timeout_s="10")
+    try:
+        first.submit("jobs/pretrain.py", said)
+        wait_for(lambda: found.reached() >= 10, why="step 10")
+        running = [process for name in OF_RUNS for process in first.processes(name)]
+        first.kill(0)
+        struck = time.time()
+        wait_for(lambda: not any(map(alive, running)), 120, "all processes of the run have ended")
+        print(f"\nhead killed: the run had ended after {time.time() - struck:.1f} s")
+    finally:
+        first.close()
+    submission = machines.submit("jobs/pretrain.py", said)
+    assert "continues from" in machines.succeeded(submission)
+    assert_undisturbed(found, clean, machines)
+
+
+def assert_undisturbed(found: Any, clean: Any, machines: Machines) -> None:
+    """A run ended as the one that nobody disturbed, and has left nothing behind."""
+    from road import differing, weights
+
     assert found.metrics("stage0") == clean.metrics("stage0")
     for name in ("train/tokens", "influence/weight_code"):
         assert found.metrics("stage0", name) == clean.metrics("stage0", name)

@@ -133,17 +133,13 @@ def test_a_cut_is_noticed_the_run_goes_on_and_takes_the_host_back(
     wait_for(lambda: alive() == 2, why="two nodes")
     driver = hosts.on(0, sys.executable, "jobs/pretrain.py", *said, log="driver.txt")
 
-    def reached() -> int:
-        there = (found.folder / "metrics.jsonl").exists()
-        return max([n["step"] for n in found.lines("stage0")] if there else [0], default=0)
-
     try:
-        wait_for(lambda: reached() >= 12, why=f"step 12: {log.read_text()[-2000:]}")
+        wait_for(lambda: found.reached() >= 12, why=f"step 12: {log.read_text()[-2000:]}")
         assert ", 2 workers" in log.read_text()
-        cut, at = time.time(), reached()
+        cut, at = time.time(), found.reached()
         hosts.cable("down")
         wait_for(lambda: ", 1 workers" in log.read_text(), why="it goes on alone")
-        wait_for(lambda: reached() > at + 1, why="a new step")
+        wait_for(lambda: found.reached() > at + 1, why="a new step")
         print(f"\ncut at step {at}, new step after {time.time() - cut:.1f} s")
         hosts.end(1)
         hosts.cable("up")

@@ -52,6 +52,11 @@ class Road:
         """A metric of a stage, step by step."""
         return [line[name] for line in self.lines(stage) if name in line]
 
+    def reached(self, stage: str = "stage0") -> int:
+        """The last step that a stage has told of so far."""
+        told = (self.folder / "metrics.jsonl").exists()
+        return max([line["step"] for line in self.lines(stage)] if told else [0], default=0)
+
     def json(self, name: str) -> Any:
         return json.loads((self.folder / name).read_text())
 
@@ -63,13 +68,18 @@ class Road:
         assert manifest is not None
         return Shards(root, manifest)
 
-    def plans(self) -> dict[str, MixturePlan]:
-        """The order of rows of every stage, from settings and manifest alone; each stage goes on
-        in the sources where the one before it ended."""
-        sizes = {
+    @property
+    def sizes(self) -> dict[str, SourceSize]:
+        """Of every source, what there is to train on."""
+        return {
             name: SourceSize(source.splits["train"].rows, source.splits["train"].tokens)
             for name, source in self.shards.manifest.sources.items()
         }
+
+    def plans(self) -> dict[str, MixturePlan]:
+        """The order of rows of every stage, from settings and manifest alone; each stage goes on
+        in the sources where the one before it ended."""
+        sizes = self.sizes
         weights = {name: source.weight for name, source in self.config.data.sources.items()}
         given: Mapping[str, int] = {}
         plans = {}

@@ -1,9 +1,13 @@
 """Runs whose storage, numbers or owners fail: each ends as an undisturbed one does, or stops with a
 sentence and is continued by the same command."""
 
+import json
+import math
 import os
+import random
 import re
 import shutil
+import string
 import subprocess
 import sys
 import time
@@ -15,7 +19,11 @@ from audit_run import audit
 from flaky_s3 import FlakyS3
 from road import TRAINED, Road, differing, weights
 
-from bitray import checkpoint, storage
+from bitray import Config, checkpoint, storage
+from bitray.data.plan import MixturePlan, opening
+from bitray.events import read_events
+from bitray.models.loading import load_tokenizer
+from bitray.pipeline.run import run
 from bitray.retries import patient
 
 ROOT = Path(__file__).parents[2]
@@ -124,6 +132,44 @@ def test_gradients_that_stay_infinite_stop_a_run_after_a_second_try(
     text = log.read_text()
     assert "once more from the last checkpoint" in text and "Traceback" not in text
     assert re.search(r"^error: stage0, step \d+: the gradient was not finite for 2", text, re.M)
+
+
+def test_a_spike_of_the_loss_is_gone_back_before_and_what_led_to_it_is_left_out(
+    words: Callable[..., list[str]], ray_cluster: None, tmp_path: Path
+) -> None:
+    """One document of noise among copies of another: both workers start again from the checkpoint
+    before it, and the steps from there to it are drawn and not trained on."""
+    draw = random.Random(1)
+    noise = " ".join("".join(draw.choices(string.ascii_letters, k=9)) for _ in range(4))
+    texts = [f"{n} " + "one two three four five six seven eight nine ten " * 6 for n in range(600)]
+    texts[100] = noise
+    lines = [json.dumps({"text": text}) for text in texts]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    other = ("stages.", "export.", "data.sources.")
+    config = Config.load(
+        overrides=[
+            "training=stage0_pretrain", "data=local", f"data.sources.text.path={tmp_path}",
+            *(word for word in words("spiked") if not word.startswith(other)),
+            "training.max_steps=80", "training.optimizer.lr=3e-3",
+            "training.loss_spike.rewind=true", "training.loss_spike.warmup_steps=8",
+            "training.loss_spike.ema=0.7",
+        ]
+    )  # fmt: skip
+    found = Road(config, run(config))
+    (spike,) = [each for each in read_events(config.run_dir) if each["kind"] == "loss_spike"]
+    first, last = spike["tickets"]
+    plan = MixturePlan(config.data.seed, found.sizes, [opening(found.sizes, {"text": 1.0}, {})])
+    size = config.stages["stage0"].batch_size
+    rows = plan.rows(first * size, (last + 1 - first) * size).row
+    tokenizer = load_tokenizer(found.final("stage0"))
+    ids = found.shards.read("text", "train", rows).input_ids
+    assert noise in " ".join(tokenizer.batch_decode(ids)), "the step had the noise in it"
+    left_out = spike["left_out"]
+    assert left_out[0] % 4 == 0 and left_out[-1] == spike["step"]
+    losses = [float(loss) for loss in found.metrics("stage0")]
+    assert [step for step in range(80) if math.isnan(losses[step])] == left_out
+    assert max(losses[left_out[-1] + 1 :]) < spike["loss"] / 2
+    assert audit(config.run_dir) == []
 
 
 def test_a_second_driver_is_refused_while_the_first_goes_on(
