@@ -436,7 +436,7 @@ def settings(given: argparse.Namespace) -> dict[str, Any]:
     return {
         "enabled": True, "method": given.method, "budget": 99.0,
         "warmup_steps": given.warmup, "update_interval": given.interval,
-        "probe_rows": 128, "group_rows": 12,
+        "probe_rows": 128, "group_rows": 24,
     }  # fmt: skip
 
 

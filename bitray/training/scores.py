@@ -72,27 +72,39 @@ class Measured(NamedTuple):
 def measured(method: str, gram: Gram, probes: int, groups: int, damping: float = 0.1) -> Measured:
     """Scores of the sources' mean gradients; their errors by leaving out one group of each at a
     time (the jackknife: Efron and Stein, 1981)."""
-    rule = METHODS[method]
+    rule, everyone = METHODS[method], range(groups)
 
-    def score(left_out: int | None) -> Scores:
-        average = _averaging(gram.shape[-1], probes, groups, left_out)
-        return rule(average @ gram @ average.T, probes, damping)
+    def score(kept: Sequence[int]) -> Scores:
+        return rule(_averaged(gram, probes, groups, kept), probes, damping)
 
-    without = np.stack([score(group) for group in range(groups)])
+    without = np.stack([score([each for each in everyone if each != out]) for out in everyone])
     spread = np.square(without - without.mean(0)).sum(0)
-    return Measured(score(None), np.sqrt(spread * (groups - 1) / groups))
+    return Measured(score(everyone), np.sqrt(spread * (groups - 1) / groups))
 
 
-def _averaging(
-    n: int, probes: int, groups: int, left_out: int | None
-) -> Float64[np.ndarray, "averaged n"]:
-    """The matrix that keeps the probes and averages the groups of each source."""
-    sources = (n - probes) // groups
-    kept = np.array([0.0 if group == left_out else 1.0 for group in range(groups)])
-    matrix = np.zeros((probes + sources, n))
-    matrix[:probes, :probes] = np.eye(probes)
-    matrix[probes:, probes:] = np.kron(np.eye(sources), kept / kept.sum())
-    return matrix
+def _averaged(
+    gram: Gram, probes: int, groups: int, kept: Sequence[int]
+) -> Float64[np.ndarray, "layers m m"]:
+    """Inner products of the probes' and the sources' mean gradients, over the groups `kept`.
+
+    A mean over few rows is longer than the gradient that it estimates, by its noise, the more the
+    more varied a source is, so that what repeats itself would seem to point better. Therefore the
+    square of its own length is taken between different groups, whose noise is independent: that is
+    unbiased. Where next to nothing is left of it, it is all noise, and one part in `kept` counts.
+    """
+    sources, count = (gram.shape[-1] - probes) // groups, len(kept)
+    mean = np.zeros((probes + sources, gram.shape[-1]))
+    mean[:probes, :probes] = np.eye(probes)
+    for group in kept:
+        mean[probes:, probes + group :: groups] += np.eye(sources) / count
+    average = mean @ gram @ mean.T
+    if count > 1:
+        alone = np.einsum("sn,lnn->ls", mean[probes:] ** 2, gram)  # groups with themselves
+        own = np.einsum("lss->ls", average[:, probes:, probes:])
+        between = (own - alone) * count / (count - 1)
+        at = np.arange(probes, probes + sources)
+        average[:, at, at] = np.maximum(between, own / count)
+    return average
 
 
 def standing(found: Measured, probe_weights: Sequence[float]) -> Float64[np.ndarray, " sources"]:

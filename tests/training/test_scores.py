@@ -1,5 +1,7 @@
 """From inner products to weights, against gradients written out and known answers."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -35,27 +37,70 @@ def mean_gradients(vectors: np.ndarray, probes: int) -> tuple[np.ndarray, np.nda
     return vectors[:, :probes], groups.mean(2)
 
 
+def lengths(vectors: np.ndarray, probes: int) -> np.ndarray:
+    """[layers, sources]: of the mean gradients, by the products of two different groups."""
+    groups = vectors[:, probes:].reshape(LAYERS, -1, GROUPS, WIDTH)
+    pairs = itertools.permutations(range(GROUPS), 2)
+    between = [(groups[:, :, i] * groups[:, :, j]).sum(-1) for i, j in pairs]
+    own = np.square(groups.mean(2)).sum(-1)
+    return np.sqrt(np.maximum(np.mean(between, 0), own / GROUPS))
+
+
 def test_scores_are_those_of_the_mean_gradients() -> None:
     vectors = gradients(0, 2, 5)
     of_probes, of_sources = mean_gradients(vectors, 2)
+    norms = lengths(vectors, 2)
     for p in range(2):
         for k in range(5):
             pairs = [(of_probes[layer, p], of_sources[layer, k]) for layer in range(LAYERS)]
-            cosines = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in pairs]
+            cosines = [
+                a @ b / np.linalg.norm(a) / n for (a, b), n in zip(pairs, norms[:, k], strict=True)
+            ]
             got = {m: measured(m, gram_of(vectors), 2, GROUPS).score[p, k] for m in METHODS}
             assert got["cosine"] == pytest.approx(np.mean(cosines))
             assert got["dot"] == pytest.approx(sum(a @ b for a, b in pairs))
             infos = []
             for layer, (a, b) in enumerate(pairs):
-                train = of_sources[layer]
-                damp = 0.1 * np.mean([g @ g for g in train])
-                # DataInf, equation 5: the mean over i of (damp + g_i g_i^T)^-1, applied to b
-                inverse = np.mean(
-                    [np.linalg.inv(damp * np.eye(WIDTH) + np.outer(g, g)) for g in train], axis=0
-                )
-                info = a @ inverse @ b * damp
-                infos.append(info / np.linalg.norm(a) / np.linalg.norm(b))
+                train, own = of_sources[layer], norms[layer]
+                damp = 0.1 * np.mean(own**2)
+                # DataInf, equation 5: the mean over i of (damp + g_i g_i^T)^-1, by Sherman and
+                # Morrison; where g_i meets itself, by its length as it is known
+                taken = [
+                    (a @ g) * (own[k] ** 2 if i == k else g @ b) / (damp + own[i] ** 2)
+                    for i, g in enumerate(train)
+                ]
+                info = a @ b - np.mean(taken)
+                infos.append(info / np.linalg.norm(a) / own[k])
             assert got["datainf"] == pytest.approx(np.mean(infos))
+
+
+def test_datainf_is_the_mean_of_inverses_where_nothing_is_noise() -> None:
+    """DataInf, equation 5, with the inverses themselves."""
+    once = np.random.default_rng(5).normal(size=(LAYERS, 1 + 4, WIDTH))
+    vectors = np.concatenate([once[:, :1], np.repeat(once[:, 1:], GROUPS, axis=1)], axis=1)
+    got = measured("datainf", gram_of(vectors), 1, GROUPS).score[0]
+    for k in range(4):
+        infos = []
+        for probe, *train in once:
+            damp = 0.1 * np.mean([g @ g for g in train])
+            inverses = [np.linalg.inv(damp * np.eye(WIDTH) + np.outer(g, g)) for g in train]
+            info = probe @ np.mean(inverses, axis=0) @ train[k] * damp
+            infos.append(info / np.linalg.norm(probe) / np.linalg.norm(train[k]))
+        assert got[k] == pytest.approx(np.mean(infos))
+
+
+def test_noise_of_a_varied_source_costs_it_nothing() -> None:
+    """Two sources with the same gradient, rows of one of which differ: on average they score the
+    same, where plain lengths would take a third off the varied one."""
+    draw, scores = np.random.default_rng(6), []
+    for _ in range(400):
+        signal = draw.normal(size=(LAYERS, 1, WIDTH))
+        probe = signal + draw.normal(size=signal.shape)
+        varied = signal + 1.5 * draw.normal(size=(LAYERS, GROUPS, WIDTH))
+        vectors = np.concatenate([probe, np.repeat(signal, GROUPS, axis=1), varied], axis=1)
+        scores.append(measured("cosine", gram_of(vectors), 1, GROUPS).score[0])
+    same, noisy = np.mean(scores, 0)
+    assert noisy == pytest.approx(same, rel=0.1)
 
 
 def test_the_error_is_that_of_a_mean() -> None:
