@@ -29,6 +29,7 @@ from bitray.pipeline.session import ray_session
 from bitray.settings import Passing, UserError
 from bitray.training.flops import flops_per_token
 from bitray.training.teacher_settings import Actors, InProcess, Offload, Server
+from bitray.training.trial import resident
 
 GB = 1e9
 
@@ -109,6 +110,8 @@ class Memory:
     activations: float
     influence: float
     """Gradients that are compared."""
+    libraries: float
+    """What a process has loaded before it holds any of that, on CPUs, where it counts too."""
 
     @property
     def total(self) -> float:
@@ -144,6 +147,7 @@ def memory(config: Config, stage: str, parameters: int, model: PreTrainedModel) 
         teacher=_teacher_bytes(config, stage, model, low),
         activations=float(low * tokens * per_token * shape.num_hidden_layers + chunk),
         influence=4 * share * settings.influence.depth * compared,
+        libraries=0.0 if scaling.use_gpu else resident(os.getpid()),
     )
 
 

@@ -92,7 +92,7 @@ def tried(trial: Trial, batch_size: int, limit: float) -> tuple[float, float]:
         process.stdin.write(pickle.dumps((trial, batch_size)))
         process.stdin.close()
         while process.poll() is None:
-            if trial.device == "cpu" and _resident(process.pid) > limit:
+            if trial.device == "cpu" and resident(process.pid) > limit:
                 process.kill()
             time.sleep(LOOK_SECONDS)
         if process.returncode < 0:  # killed: by us, or by a machine out of memory
@@ -104,7 +104,8 @@ def tried(trial: Trial, batch_size: int, limit: float) -> tuple[float, float]:
         return float(taken), float(rate)
 
 
-def _resident(pid: int) -> float:
+def resident(pid: int) -> float:
+    """Bytes of memory that a process has; 0 if there is none."""
     try:
         pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
     except (FileNotFoundError, ProcessLookupError, IndexError):  # it has just ended

@@ -130,6 +130,14 @@ QWEN3_4B = {
 }  # fmt: skip
 
 
+def test_on_cpus_what_is_loaded_counts() -> None:
+    """torch and transformers alone are more than 200 MB."""
+    config = Config.load()
+    held = memory(config, "stage2", 1, outline(config))
+    assert 2e8 < held.libraries < 4e9 and held.total > held.libraries + held.activations
+    assert qwen3_4b(1).libraries == 0
+
+
 def qwen3_4b(batch: int) -> Memory:
     """Stage 1.9 on one GPU, rows of 512 tokens, 8-bit AdamW."""
     config = Config.load(overrides=[
