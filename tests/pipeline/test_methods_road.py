@@ -1,7 +1,10 @@
 """The presets of a pretrained model, whole on Ray: all stages on documents, BitDistill on pairs."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from bitray.models.loading import build_model, load_model, save_model
 from bitray.nn import LowRankCorrection
 from bitray.pipeline.run import run
 
+ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 
@@ -91,3 +95,53 @@ def test_bitdistill_on_prompts_and_completions(pretrained: Callable[..., list[st
     shares = road.metrics("stage3", "train/label_share")
     assert min(shares) > 0, "completions are trained on"
     assert max(shares) < 0.6, "prompts are not"
+
+
+MOODS = {"fine": " good", "lovely": " good", "warm": " good", "dull": " bad", "awful": " bad"}
+
+
+def asked(numbers: range) -> list[dict[str, str]]:
+    """Reviews whose mood is to be told, and words that are to be said again."""
+    return [
+        {"prompt": f"review {n}: it was {word}, so it was", "completion": mood}
+        for n in numbers
+        for word, mood in MOODS.items()
+    ] + [
+        {"prompt": f"review {n}: say {word}:", "completion": f" it is {word} and {word}"}
+        for n in numbers
+        for word in MOODS
+    ]
+
+
+def test_what_was_fine_tuned_on_pairs_answers_others_like_them(
+    pretrained: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """A ternary model, two workers; then accuracy of choosing and ROUGE of writing, by the job, on
+    numbers that it has not seen."""
+    held_out = asked(range(60, 64))
+    files = {
+        "seen": asked(range(60)),
+        "mood": [row for row in held_out if row["prompt"].endswith("it was")],
+        "say": [row for row in held_out if row["prompt"].endswith(":")],
+    }
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    road = ran([
+        *pretrained("tuned", "notes", "pipeline=direct"),
+        "training.objectives={continue_pretrain: {weight: 1.0}}",
+        f"data.sources.mine.path={tmp_path / 'seen.jsonl'}",
+        "data.sources.mine.prompt='{prompt}'", "data.sources.mine.completion='{completion}'",
+        "training.max_steps=240", "training.batch_size=8", "training.optimizer.lr=5e-3",
+        "training.log_every=40",
+    ])  # fmt: skip
+    job = subprocess.run(
+        [
+            sys.executable, "jobs/evaluate.py", f"checkpoint={road.folder}",
+            f"tasks.mood.path={tmp_path / 'mood.jsonl'}",
+            "tasks.mood.choices=[' good', ' bad']",
+            f"tasks.say.path={tmp_path / 'say.jsonl'}",
+        ],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert job.returncode == 0, job.stderr
+    print(job.stdout)
