@@ -4,8 +4,8 @@ import ipaddress
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import ray
 from ray.util.placement_group import (
@@ -15,6 +15,7 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
+from bitray.pipeline.autoscaler import autoscales, gives_up
 from bitray.pipeline.config import Config
 from bitray.pipeline.groups import Scaling
 from bitray.settings import Passing, UserError
@@ -22,6 +23,8 @@ from bitray.settings import Passing, UserError
 PREFLIGHT_SECONDS = 10.0
 """How long Ray may take to place workers and readers on nodes that are there and free."""
 ROOM_SECONDS = 1.0
+SLIVER = 1e-6
+"""Of a CPU or a GPU: sums of parts are not exact."""
 
 
 def check_dashboard(url: str) -> None:
@@ -56,17 +59,12 @@ def reserved_cpus(scaling: Scaling, workers: int | None = None) -> float:
     return count * scaling.cpus_per_worker + scaling.readers * scaling.cpus_per_reader
 
 
-def coming() -> dict[str, float]:
-    """The most that an autoscaler may bring the cluster to; empty where there is none."""
-    most: Any = ray._private.state.state.get_max_resources_from_cluster_config()
-    return {key: float(value) for key, value in (most or {}).items()}
-
-
 def preflight(config: Config) -> None:
     """Have the workers and readers of every stage placed for a moment, as training will.
 
     `Passing` after seconds where the nodes cannot hold them; where others use them, or an
-    autoscaler may bring more, after `scaling.patience_seconds`, which is said.
+    autoscaler may bring more, after `scaling.patience_seconds`, which is said, or once an
+    autoscaler gives up though nobody else uses the cluster.
     """
     checked: list[Scaling] = []
     for stage in config.stages:
@@ -86,13 +84,14 @@ def _check_placement(stage: str, scaling: Scaling) -> None:
         if _placed(groups, ROOM_SECONDS):
             return
         never = capacity(scaling.per_worker) < scaling.fewest or _infeasible(groups)
-        if not never or coming():
+        if not never or autoscales():
             if _placed(groups, PREFLIGHT_SECONDS):
                 return
             why = "an autoscaler may bring nodes" if never else "others use the nodes"
             patience = scaling.patience_seconds
-            print(f"scaling: stage {stage} waits up to {patience:g} s: {why}", flush=True)
-            if _placed(groups, patience):
+            if not _hopeless(groups):
+                print(f"scaling: stage {stage} waits up to {patience:g} s: {why}", flush=True)
+            if _placed(groups, patience, until=_hopeless):
                 return
         raise Passing(_refusal(stage, scaling))
     finally:
@@ -107,9 +106,32 @@ def _reserve(
     return placement_group([bundle] * count, strategy, bundle_label_selector=selector)
 
 
-def _placed(groups: Sequence[PlacementGroup], seconds: float) -> bool:
+def _placed(
+    groups: Sequence[PlacementGroup],
+    seconds: float,
+    until: Callable[[Sequence[PlacementGroup]], bool] | None = None,
+) -> bool:
+    """Whether all are placed before so many seconds are over, or `until` holds."""
     end = time.monotonic() + seconds
-    return all(group.wait(max(0.1, end - time.monotonic())) for group in groups)
+    if until is None:
+        return all(group.wait(max(0.1, end - time.monotonic())) for group in groups)
+    while not _placed(groups, ROOM_SECONDS):
+        if time.monotonic() > end or until(groups):
+            return False
+    return True
+
+
+def _hopeless(groups: Sequence[PlacementGroup]) -> bool:
+    """Whether an autoscaler gives up on some, and nobody will make room for them."""
+    if not any(map(gives_up, groups)):
+        return False
+    used = Counter(ray.cluster_resources())
+    used.subtract(ray.available_resources())
+    for group in groups:
+        if placement_group_table(group)["state"] == "CREATED":
+            for bundle in group.bundle_specs:
+                used.subtract(bundle)
+    return all(used[kind] < SLIVER for kind in ("CPU", "GPU"))
 
 
 def _infeasible(groups: Sequence[PlacementGroup]) -> bool:

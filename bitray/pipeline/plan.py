@@ -1,6 +1,7 @@
 """Before a run: whether the cluster can hold it, what it will do, and what it takes."""
 
 import copy
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ from transformers import PreTrainedModel
 from bitray.models.convert import to_bitnet
 from bitray.models.families import decoder_layers
 from bitray.models.low_rank import add_corrections, train_corrections_only
+from bitray.pipeline.autoscaler import autoscales
 from bitray.pipeline.checks import check_model, outline
-from bitray.pipeline.cluster import coming, reserved_cpus
+from bitray.pipeline.cluster import reserved_cpus
 from bitray.pipeline.config import Config
 from bitray.pipeline.cost import Expected, duration, money
 from bitray.pipeline.folders import (
@@ -40,13 +42,14 @@ def on_cluster() -> bool:
 
 
 def resources() -> dict[str, float]:
-    """CPUs and GPUs of the cluster, with those that an autoscaler may bring, or of this machine
-    where there is none."""
+    """CPUs and GPUs of the cluster, without bounds where an autoscaler may bring more, or of this
+    machine where there is no cluster."""
     if not on_cluster():
         return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
     with ray_session():
-        here = {key: float(value) for key, value in ray.cluster_resources().items()}
-        return here | {key: max(most, here.get(key, 0.0)) for key, most in coming().items()}
+        if autoscales():
+            return {"CPU": math.inf, "GPU": math.inf}
+        return {key: float(value) for key, value in ray.cluster_resources().items()}
 
 
 def check_resources(config: Config, held: Mapping[str, float]) -> None:

@@ -20,7 +20,7 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
 from bitray import lease, storage
-from bitray.pipeline.cluster import coming
+from bitray.pipeline.autoscaler import autoscales
 from bitray.pipeline.config import Config
 from bitray.pipeline.folders import lasting, located
 from bitray.pipeline.groups import Scaling
@@ -154,9 +154,7 @@ def _tuner(
     searcher: AxSearcher, config: Config, base: str, trials: int, callbacks: list[tune.Callback]
 ) -> tune.Tuner:
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    space, most = searcher.space, room(config)
-    if space.max_concurrent and space.max_concurrent > most:
-        print(f"note: the cluster holds {most} trials at a time, not {space.max_concurrent}")
+    space = searcher.space
     shared = config.override({"data.prepared_dir": prepared_root(config)})
     return tune.Tuner(
         tune.with_resources(tune.with_parameters(trial, config=shared, base=base), DRIVER),
@@ -164,7 +162,7 @@ def _tuner(
             search_alg=searcher,
             scheduler=scheduler_of(searcher, config, base),
             num_samples=trials,
-            max_concurrent_trials=min(space.max_concurrent or most, most),
+            max_concurrent_trials=concurrent(space, config),
             reuse_actors=False,  # the run of a trial that was stopped ends with its process
         ),
         run_config=tune.RunConfig(
@@ -235,24 +233,34 @@ def longest(space: SearchSpace, config: Config) -> int:
     return tokens(said)
 
 
+def concurrent(space: SearchSpace, config: Config) -> int:
+    """Trials beside each other: as many as the nodes hold, or fewer if the space says so; where an
+    autoscaler brings nodes, which says nothing of how many, as many as the space says.
+    `UserError` if the nodes hold none and no others will come."""
+    wanted, most = space.max_concurrent, room(config)
+    if autoscales():
+        if wanted is None:
+            said = "an autoscaler may bring nodes; max_concurrent says for how many trials"
+            print(f"note: {said}, for now {max(1, most)}")
+        return wanted or max(1, most)
+    if most < 1:
+        raise UserError("scaling: the cluster does not hold the workers of a single trial")
+    if wanted and wanted > most:
+        print(f"note: the cluster holds {most} trials at a time, not {wanted}")
+    return min(wanted or most, most)
+
+
 def room(config: Config) -> int:
-    """Trials that the cluster holds beside each other, with what an autoscaler may bring;
-    `UserError` if it holds none."""
-    nodes, most = [node["Resources"] for node in ray.nodes() if node["Alive"]], coming()
-    cpus, gpus = (
-        max(sum(node.get(kind, 0.0) for node in nodes), most.get(kind, 0.0))
-        for kind in ("CPU", "GPU")
-    )
+    """Trials that the nodes hold beside each other."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
     found = []
     for name in trained(config):
         how, (cpus_of_one, gpus_of_one) = config.scaling_of(name), needed(config, name)
         found.append(cpus / cpus_of_one)
-        workers = max(sum(_workers(node, how) for node in nodes), _workers(most, how))
-        found.append(workers / how.fewest)
+        found.append(sum(_workers(node, how) for node in nodes) / how.fewest)
         if gpus_of_one:
             found.append(gpus / gpus_of_one)
-    if min(found) < 1:
-        raise UserError("scaling: the cluster does not hold the workers of a single trial")
     return math.floor(min(found))
 
 

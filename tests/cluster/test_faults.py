@@ -59,7 +59,8 @@ def test_a_hung_worker_is_found_and_all_start_again(
 def test_a_slow_worker_is_named(machines: Machines, words: Callable[..., Sequence[str]]) -> None:
     heavier = ["training.batch_size=16", "training.influence.enabled=false"]
     found, submission = start(machines, words("slow", "training.max_steps=80", *heavier))
-    victim, over = machines.processes("RayTrainWorker")[0], threading.Event()
+    at, over = begun(found, 12), threading.Event()
+    victim = machines.processes("RayTrainWorker")[0]
 
     def slow() -> None:
         """Most of the time it does not run."""
@@ -70,7 +71,6 @@ def test_a_slow_worker_is_named(machines: Machines, words: Callable[..., Sequenc
             time.sleep(0.01)
 
     thread = threading.Thread(target=slow)
-    at = begun(found, 12)
     thread.start()
     try:
         wait_for(lambda: "is slow" in machines.logs(submission), 120, "it is named")

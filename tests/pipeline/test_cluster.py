@@ -82,7 +82,7 @@ def test_a_run_waits_for_nodes_that_others_use_but_not_for_ever(
 def test_a_run_waits_for_what_an_autoscaler_may_bring(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "coming", lambda: {"CPU": 64.0, "GPU": 8.0})
+    monkeypatch.setattr(cluster, "autoscales", lambda: True)
     with pytest.raises(UserError, match="start more nodes"):
         preflight(placed("scaling.use_gpu=true", "scaling.patience_seconds=1"))
     assert "waits up to 1 s: an autoscaler may bring nodes" in capsys.readouterr().out

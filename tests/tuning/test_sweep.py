@@ -22,7 +22,7 @@ from bitray.tuning import trial as trial_module
 from bitray.tuning.checks import METRICS
 from bitray.tuning.cost import cost_table
 from bitray.tuning.stages import lengths
-from bitray.tuning.sweep import Cleaner, claim, longest, room, scheduler_of, sweep
+from bitray.tuning.sweep import Cleaner, claim, concurrent, longest, room, scheduler_of, sweep
 from bitray.tuning.trial import (
     clean,
     evaluated,
@@ -307,20 +307,41 @@ def test_as_many_trials_as_nodes_hold(
         "nodes",
         lambda: [{"Alive": True, "Resources": {k: float(v) for k, v in n.items()}} for n in nodes],
     )
-    monkeypatch.setattr(sweep_module, "coming", dict)
     words = ["scaling.num_workers=1", *words]
     assert room(Config.load(overrides=[*WORDS, *words])) == expected
 
 
-def test_what_an_autoscaler_may_bring_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = Config.load(overrides=[*WORDS, "scaling.use_gpu=true", "scaling.num_workers=2"])
-    monkeypatch.setattr(ray, "nodes", list)
-    monkeypatch.setattr(sweep_module, "coming", lambda: {"CPU": 64.0, "GPU": 8.0})
-    assert room(config) == 4
+MAY_COME = "an autoscaler may bring nodes; max_concurrent says for how many trials"
+
+
+@pytest.mark.parametrize(
+    ("brings", "wanted", "found"),
+    [
+        (False, None, (2, "")),
+        (False, 1, (1, "")),
+        (False, 4, (2, "note: the cluster holds 2 trials at a time, not 4\n")),
+        (True, 4, (4, "")),
+        (True, None, (2, f"note: {MAY_COME}, for now 2\n")),
+    ],
+)
+def test_where_an_autoscaler_brings_nodes_the_space_says_how_many_trials(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    brings: bool,
+    wanted: int | None,
+    found: tuple[int, str],
+) -> None:
+    given, config = space_of(max_concurrent=wanted), Config.load(overrides=WORDS)
+    monkeypatch.setattr(sweep_module, "room", lambda _: 2)
+    monkeypatch.setattr(sweep_module, "autoscales", lambda: brings)
+    assert (concurrent(given, config), capsys.readouterr().out) == found
 
 
 def test_no_room_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_module, "coming", dict)
+    given, config = space_of(), Config.load(overrides=WORDS)
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 0.5}}])
+    monkeypatch.setattr(sweep_module, "autoscales", lambda: False)
     with pytest.raises(UserError, match="does not hold the workers of a single trial"):
-        room(Config.load(overrides=WORDS))
+        concurrent(given, config)
+    monkeypatch.setattr(sweep_module, "autoscales", lambda: True)
+    assert concurrent(given, config) == 1
