@@ -3,8 +3,10 @@
 import logging
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -16,6 +18,12 @@ from bitray.settings import UserError
 OBJECT_STORE_BYTES = 300_000_000
 """Of a Ray of our own: rows pass through it a few at a time."""
 CONNECT_S = 10.0
+LAST_WORDS = (
+    "error: this process was killed, or Ray ended it because its node or the head of the cluster "
+    "is gone; the same command continues"
+)
+_WATCHER = "import sys; sys.stdin.read(1) or print(sys.argv[1], file=sys.stderr)"
+"""Its standard input ends with what it watches, or first says that all is well."""
 
 
 @contextmanager
@@ -31,6 +39,12 @@ def ray_session() -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         check_address(address)
+    with last_words(), _ray(address):
+        yield
+
+
+@contextmanager
+def _ray(address: str | None) -> Iterator[None]:
     with _short_paths():
         context: Any = ray.init(
             address or "local",  # not one that somebody else left running on this machine
@@ -44,6 +58,22 @@ def ray_session() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def last_words() -> Iterator[None]:
+    """Inside, a process that ends with no chance to say why has it said by another. Ray ends the
+    driver like that when it loses its node or the head of the cluster."""
+    watcher = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _WATCHER, LAST_WORDS],
+        stdin=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C is not for it
+    )
+    try:
+        yield
+    finally:
+        with suppress(BrokenPipeError):
+            watcher.communicate(b".")
 
 
 @contextmanager

@@ -76,6 +76,7 @@ def test_a_kill_costs_only_time(
     elif victim == "driver":
         machines.strike(f"jobs/pretrain.py {said[0]}")
         assert machines.finished(submission) == "FAILED"
+        assert "error: this process was killed" in machines.logs(submission)
         machines.clean()
         submission = machines.submit("jobs/pretrain.py", said)
         assert submission == "killed_driver-2"
