@@ -1,5 +1,6 @@
 """Workers that hang, lag or have no memory left, and a job that is stopped, on real nodes."""
 
+import re
 import signal
 import threading
 import time
@@ -72,14 +73,15 @@ def test_a_slow_worker_is_named(machines: Machines, words: Callable[..., Sequenc
 
     thread = threading.Thread(target=slow)
     thread.start()
+    said = re.compile(r"step (\d+): worker \d is slow")
     try:
-        wait_for(lambda: "is slow" in machines.logs(submission), 120, "it is named")
-        named = begun(found, 1)
+        told = wait_for(lambda: said.search(machines.logs(submission)), 120, "it is named")
     finally:
         over.set()
         thread.join()
+    named = int(told[1])
     print(f"\nslow from step {at} on, named at step {named}")
-    assert named - at <= 25  # 20 of its own, and those until we looked
+    assert named - at <= 25  # 20 of its own, and those until it was slowed
     machines.succeeded(submission)
 
 
