@@ -139,9 +139,12 @@ def test_what_was_fine_tuned_on_pairs_answers_others_like_them(
             sys.executable, "jobs/evaluate.py", f"checkpoint={road.folder}",
             f"tasks.mood.path={tmp_path / 'mood.jsonl'}",
             "tasks.mood.choices=[' good', ' bad']",
-            f"tasks.say.path={tmp_path / 'say.jsonl'}",
+            f"tasks.say.path={tmp_path / 'say.jsonl'}", "tasks.say.max_new_tokens=24",
         ],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert job.returncode == 0, job.stderr
-    print(job.stdout)
+    told = [line.split() for line in job.stdout.splitlines() if line.startswith(("mood", "say"))]
+    found = {f"{task} {metric}": float(value) for task, metric, value in told}
+    assert found["mood majority"] == 0.6 and found["mood accuracy"] >= 0.95
+    assert found["say rougeL"] >= 0.9
