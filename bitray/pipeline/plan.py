@@ -172,8 +172,9 @@ def too_large(config: Config, stage: str, worker: int, peak_gb: float, said: str
     """What to tell of a worker that ran out of memory: peak, what takes most, what to change."""
     model = outline(config)
     parameters = sum(p.numel() for p in model.parameters())
-    terms = vars(memory(config, stage, parameters, model)).items()
-    largest = sorted(terms, key=lambda term: -term[1])[:3]
+    terms = vars(memory(config, stage, parameters, model))
+    del terms["libraries"]  # which no setting changes
+    largest = sorted(terms.items(), key=lambda term: -term[1])[:3]
     named = ", ".join(f"{name} {size / GB:.2g} GB" for name, size in largest)
     size = config.stages[stage].batch_size
     return (
