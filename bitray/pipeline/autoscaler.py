@@ -8,18 +8,20 @@ from typing import Any
 
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray._private.worker import global_worker
+from ray.autoscaler._private.util import format_readonly_node_type
 from ray.core.generated import autoscaler_pb2
 from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.placement_group import PlacementGroup
 
 
 def autoscales() -> bool:
-    """Whether an autoscaler, of Ray's second kind or of its first, looks after the cluster."""
+    """Whether an autoscaler, of Ray's second kind or of its first, looks after the cluster. Where
+    there is none, the first kind tells of nodes each of which is a type of its own."""
     if _state().autoscaler_state_version:
         return True
-    # where there is none, its place only reports loads
-    told = _internal_kv_get(DEBUG_AUTOSCALING_STATUS)
-    return told is not None and "autoscaler_report" in json.loads(told)
+    told = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}")
+    types = told.get("autoscaler_report", {}).get("node_type_mapping") or {}
+    return any(kind != format_readonly_node_type(node) for node, kind in types.items())
 
 
 def gives_up(group: PlacementGroup) -> bool:
