@@ -9,8 +9,7 @@ from typing import no_type_check
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 _ROWS, _COLUMNS = 128, 128
 """Of a tile. With these, 4 warps and 3 stages it was the fastest of 16 on an H200 at every size
@@ -53,7 +52,7 @@ def _kernel(  # noqa: PLR0917 - launched by position
 
 
 # Opaque to the compiler: of sizes that it holds for dynamic it tells Triton no alignment.
-@custom_op("bitray::scaled_int8_product", mutates_args=())
+@library.custom_op("bitray::scaled_int8_product", mutates_args=())
 @no_type_check
 def scaled_int8_product(  # noqa: PLR0917 - as operators of torch take them
     x: Tensor,

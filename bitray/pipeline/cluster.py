@@ -83,14 +83,16 @@ def _check_placement(stage: str, scaling: Scaling) -> None:
     try:
         if _placed(groups, ROOM_SECONDS):
             return
+        patience = scaling.patience_seconds
+        waits = f"scaling: stage {stage} waits up to {patience:g} s"
         never = capacity(scaling.per_worker) < scaling.fewest or _infeasible(groups)
         if not never or autoscales():
+            if never:
+                print(f"{waits}: an autoscaler may bring nodes", flush=True)
             if _placed(groups, PREFLIGHT_SECONDS):
                 return
-            why = "an autoscaler may bring nodes" if never else "others use the nodes"
-            patience = scaling.patience_seconds
-            if not _hopeless(groups):
-                print(f"scaling: stage {stage} waits up to {patience:g} s: {why}", flush=True)
+            if not never:
+                print(f"{waits}: others use the nodes", flush=True)
             if _placed(groups, patience, until=_hopeless):
                 return
         raise Passing(_refusal(stage, scaling))
