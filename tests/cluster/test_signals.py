@@ -3,14 +3,14 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
-from machines import ROOT, wait_for
+from machines import wait_for
+from road import drive
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -24,11 +24,7 @@ def driven(
     said = [*words(name), "scaling.num_workers=1", "scaling.cpus_per_worker=0.5",
             "scaling.worker_labels={}", "scaling.data_labels={}"]  # fmt: skip
     log = tmp_path / "log.txt"
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    driver = subprocess.Popen(
-        [sys.executable, "jobs/pretrain.py", *said], cwd=ROOT, env=kept,
-        stdout=log.open("wb"), stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+    driver = drive(said, log)
     wait_for(lambda: "step 10/" in log.read_text(), why=f"step 10: {log}")
     yield driver, log, psutil.Process(driver.pid).children(recursive=True)
     if driver.poll() is None:

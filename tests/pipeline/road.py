@@ -1,6 +1,9 @@
 """A small run, what it leaves in its folder, and the same training in process by one worker."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -25,8 +28,19 @@ from bitray.training.loop import Loop, autocast_for, seed_of
 from bitray.training.state import Position
 from bitray.training.teacher import InProcessTeacher
 
+JOB = Path(__file__).parents[2] / "jobs" / "pretrain.py"
 CPU = torch.device("cpu")
 TRAINED = ("stage0", "stage1_9", "stage2")
+
+
+def drive(words: Sequence[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
+    """The job as a user starts it, in a process group of its own, as a terminal gives it."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    return subprocess.Popen(
+        [sys.executable, str(JOB), *words],
+        stdout=log.open("ab"), stderr=subprocess.STDOUT, start_new_session=True,
+        env={**inherited, **environment},
+    )  # fmt: skip
 
 
 class Road:

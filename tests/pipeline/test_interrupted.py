@@ -2,27 +2,15 @@
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from road import TRAINED, Road, alone, differing, wait_for, weights
+from road import TRAINED, Road, alone, differing, drive, wait_for, weights
 
 from bitray import Config, checkpoint
 
-JOBS = Path(__file__).parents[2] / "jobs"
 pytestmark = pytest.mark.ray
-
-
-def drive(words: list[str], log: Path) -> subprocess.Popen[bytes]:
-    """The job as a user starts it, in a process group of its own, as a terminal gives it."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    return subprocess.Popen(
-        [sys.executable, str(JOBS / "pretrain.py"), *words],
-        stdout=log.open("ab"), stderr=subprocess.STDOUT, start_new_session=True, env=environment,
-    )  # fmt: skip
 
 
 def test_an_interrupted_run_is_continued_by_the_same_command(

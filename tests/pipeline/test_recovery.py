@@ -3,13 +3,10 @@ sentence and is continued by the same command."""
 
 import json
 import math
-import os
 import random
 import re
 import shutil
 import string
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +14,7 @@ from pathlib import Path
 import pytest
 from audit_run import audit
 from flaky_s3 import FlakyS3
-from road import TRAINED, Road, differing, weights
+from road import TRAINED, Road, differing, drive, weights
 
 from bitray import Config, checkpoint, storage
 from bitray.data.plan import MixturePlan, opening
@@ -26,19 +23,7 @@ from bitray.models.loading import load_tokenizer
 from bitray.pipeline.run import run
 from bitray.retries import patient
 
-ROOT = Path(__file__).parents[2]
-
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
-
-
-def driven(words: list[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
-    """The job as a user starts it."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "jobs" / "pretrain.py"), *words],
-        stdout=log.open("ab"), stderr=subprocess.STDOUT, start_new_session=True,
-        env={**inherited, **environment},
-    )  # fmt: skip
 
 
 def test_a_run_survives_storage_that_fails_and_storage_that_is_gone(
@@ -51,7 +36,7 @@ def test_a_run_survives_storage_that_fails_and_storage_that_is_gone(
     root = f"{s3}/runs/undisturbed/stage0_checkpoint/checkpoints"
     log = tmp_path / "log.txt"
     proxy.rate = 0.3
-    driver = driven(command, log)
+    driver = drive(command, log)
     try:
         end = time.monotonic() + 500
         while not checkpoint.is_complete(f"{root}/step_000008"):
@@ -64,7 +49,7 @@ def test_a_run_survives_storage_that_fails_and_storage_that_is_gone(
         (told,) = re.findall(r"^error: .*", text, re.MULTILINE)
         assert "not answer" in told, told
         proxy.rate = 0.3
-        driver = driven(command, log)
+        driver = drive(command, log)
         assert driver.wait(600) == 0, log.read_text()[-3000:]
     finally:
         if driver.poll() is None:
@@ -90,7 +75,7 @@ def test_rows_that_vanish_in_mid_run_are_named_and_once_they_are_back_it_goes_on
     folder = Path(said[0].removeprefix("output_dir=")) / "vanishing"
     log, gone = tmp_path / "log.txt", {}
     (tmp_path / "cache").mkdir()
-    driver = driven(said, log, TMPDIR=str(tmp_path / "cache"), RAY_TMPDIR="/tmp")
+    driver = drive(said, log, TMPDIR=str(tmp_path / "cache"), RAY_TMPDIR="/tmp")
     try:
         end = time.monotonic() + 300
         while not list(folder.glob("stage0_checkpoint/checkpoints/step_*/COMPLETE")):
@@ -108,7 +93,7 @@ def test_rows_that_vanish_in_mid_run_are_named_and_once_they_are_back_it_goes_on
         assert any(uri in told for uri in gone), told
         for uri, content in gone.items():
             storage.write_bytes(uri, content)
-        driver = driven(said, log)
+        driver = drive(said, log)
         assert driver.wait(600) == 0, log.read_text()[-3000:]
     finally:
         if driver.poll() is None:
@@ -123,7 +108,7 @@ def test_gradients_that_stay_infinite_stop_a_run_after_a_second_try(
     log = tmp_path / "log.txt"
     more = ["training.max_skipped_steps=2", "stages.stage0.optimizer.lr=1e30",
             "training.max_grad_norm=null", "stages.stage0.max_steps=20"]  # fmt: skip
-    driver = driven([*words("infinite", *more)], log)
+    driver = drive([*words("infinite", *more)], log)
     try:
         assert driver.wait(600) == 2, log.read_text()[-3000:]
     finally:
@@ -179,13 +164,13 @@ def test_a_second_driver_is_refused_while_the_first_goes_on(
     folder = Path(words("held")[0].removeprefix("output_dir=")) / "held"
     one, two = tmp_path / "one.txt", tmp_path / "two.txt"
     said = words("held", "scaling.num_workers=1", "stages.stage0.max_steps=60")
-    first = driven(said, one)
+    first = drive(said, one)
     try:
         end = time.monotonic() + 300
         while not list(folder.glob("stage0_checkpoint/checkpoints/step_*/COMPLETE")):
             assert first.poll() is None and time.monotonic() < end, one.read_text()[-3000:]
             time.sleep(0.05)
-        second = driven(said, two)
+        second = drive(said, two)
         assert second.wait(120) == 2
         told = rf"error: {folder}: is being written by process {first.pid} on .* heartbeat is \d+ s"
         assert re.search(told, two.read_text())
