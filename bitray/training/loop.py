@@ -111,15 +111,13 @@ class Loop:
         self.source_sums = torch.zeros(shape, dtype=torch.float64, device=self.device)
         if self.settings.saliency_curriculum.enabled:
             track_columns(self.model)
-        # a compiled layer would run hooks of its parts once, when it is traced
-        watched = self.model if not self.settings.torch_compile.enabled else None
-        self.own_work, self.stragglers = OwnWork(watched, self.device), Stragglers()
+        self.own_work, self.stragglers = OwnWork(self.model, self.device), Stragglers()
 
     def run(self, tickets: Tickets) -> Position:
         """Train until the stage's end, or until somebody asks to stop (then `stopped` is set)."""
         self.model.train()
         self.window = Window(before=self.source_sums.clone())
-        with self.clock.during(PRODUCTIVE):
+        with self.clock.during(PRODUCTIVE), self.own_work:
             while not (self.at_end or self.stopped):
                 began = time.perf_counter()
                 self.own_work.begin()

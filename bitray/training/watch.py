@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -89,29 +90,33 @@ def place(thread: int) -> str:
 @dataclass
 class OwnWork:
     """Seconds of a worker's own work in a step: what it does before the first collective, and in
-    the MLPs of its layers, between whose ends FSDP does not wait. All other times are alike on all
-    workers, because they wait for each other."""
+    its decoder layers, forward and back, between whose ends FSDP does not wait. All other times are
+    alike on all workers, because they wait for each other. Layers are watched inside a `with`; its
+    hooks have to come after FSDP's, which gather and reduce outside of them."""
 
-    model: LossModel | None
-    """None: what happens in its layers is not measured."""
+    model: LossModel
     device: torch.device
     step_seconds: float = 0.0
     """From the beginning of the last step to that of this one."""
     _began: float = field(default_factory=time.perf_counter)
-    _inside: list[tuple[Any, Any]] = field(default_factory=list)
+    _spans: list[list[Any]] = field(default_factory=list)
+    """Beginning and end."""
     _layers: float = 0.0
+    _hooks: ExitStack = field(default_factory=ExitStack)
 
-    def __post_init__(self) -> None:
-        for layer in decoder_layers(self.model.model) if self.model else ():
-            if isinstance(mlp := getattr(layer, "mlp", None), torch.nn.Module):
-                mlp.register_forward_pre_hook(self._enter)
-                mlp.register_forward_hook(self._leave)
+    def __enter__(self) -> None:
+        for layer in decoder_layers(self.model.model):
+            self._hooks.callback(layer.register_forward_pre_hook(self._enter).remove)
+            self._hooks.callback(layer.register_forward_hook(self._leave).remove)
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
 
     def begin(self) -> None:
         """A step begins."""
         before, self._began = self._began, time.perf_counter()
         self.step_seconds = self._began - before
-        self._inside.clear()
+        self._spans.clear()
 
     def seconds(self) -> float:
         """At the first collective of a step: of this step so far, and in the layers of the last."""
@@ -119,22 +124,29 @@ class OwnWork:
 
     def end(self) -> None:
         """The step is done, and what its device was given."""
-        self._layers = sum(_between(*pair) for pair in self._inside if pair[1] is not None)
-        self._inside.clear()
+        self._layers = sum(_between(*span) for span in self._spans if len(span) == 2)
+        self._spans.clear()
 
-    def _mark(self) -> Any:
+    def _mark(self, span: list[Any]) -> None:
         if self.device.type != "cuda":
-            return time.perf_counter()
+            span.append(time.perf_counter())
+            return
         event = torch.cuda.Event(enable_timing=True)
         event.record()
-        return event
+        span.append(event)
 
     def _enter(self, *_: Any) -> None:
-        self._inside.append((self._mark(), None))
+        self._spans.append([])
+        self._mark(self._spans[-1])
 
-    def _leave(self, *_: Any) -> None:
-        if self._inside and self._inside[-1][1] is None:
-            self._inside[-1] = (self._inside[-1][0], self._mark())
+    def _leave(self, _: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        self._mark(self._spans[-1])
+        result = output[0] if isinstance(output, tuple) else output
+        if result.requires_grad and inputs and inputs[0].requires_grad:
+            back: list[Any] = []
+            self._spans.append(back)
+            result.register_hook(lambda _: self._mark(back))
+            inputs[0].register_hook(lambda _: self._mark(back))
 
 
 def _between(start: Any, end: Any) -> float:

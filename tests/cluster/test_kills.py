@@ -79,6 +79,8 @@ def test_a_kill_costs_only_time(
         said_so = "error: this process was killed"  # by another, maybe a little later
         wait_for(lambda: said_so in machines.logs(submission), 30, "its last words")
         machines.clean()
+        print(f"\nall that the driver had was gone after {time.time() - struck:.1f} s")
+        struck = time.time()
         submission = machines.submit("jobs/pretrain.py", said)
         assert submission == "killed_driver-2"
     else:

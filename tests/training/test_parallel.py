@@ -2,6 +2,7 @@
 
 import errno
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,33 @@ def unread() -> list[Any]:
     return [run.position.step, str(caught.value)]
 
 
+def lagging() -> dict[str, Any]:
+    """The last worker sleeps in each layer, forward or back: every worker's own seconds, step by
+    step, and what was said of it."""
+    found = {}
+    for way in ("forward", "back", "back, checkpointed"):
+        given = settings(DENSE, max_steps=12, activation_checkpointing="checkpointed" in way)
+        run, _ = loop(DENSE, given)
+        seen: list[list[float]] = []
+        said: list[str] = []
+        run.say, note = said.append, run.stragglers.note
+        run.stragglers.note = lambda own, step, note=note, seen=seen: (  # type: ignore[misc]
+            seen.append(list(own)) or note(own, step)
+        )
+
+        def sleep(_: Any, __: Any, out: torch.Tensor, way: str = way) -> None:
+            if world()[0] == world()[1] - 1 and way == "forward":
+                time.sleep(0.05)
+            if world()[0] == world()[1] - 1 and way != "forward" and out.requires_grad:
+                out.register_hook(lambda _: time.sleep(0.05))
+
+        for layer in decoder_layers(run.model.model):
+            layer.get_submodule("mlp").register_forward_hook(sleep)
+        run.run(tickets(Deal(3, world()[1]), given.batch_size))
+        found[way] = (seen, said)
+    return found
+
+
 def stop(run: Loop) -> None:
     """A hook that stops a run."""
     run.stopped = True
@@ -325,6 +353,18 @@ def test_a_gradient_that_is_not_finite_on_one_worker_skips_the_step_on_all(
     np.testing.assert_allclose(
         two["poisoned"]["losses"], one["poisoned"]["losses"], rtol=1e-5, equal_nan=True
     )
+
+
+def test_a_worker_that_is_slow_in_its_layers_is_named_and_the_wait_for_it_is_not_work(
+    folder: Path,
+) -> None:
+    """Two layers, two micro-batches a step: 0.2 s of sleep in each."""
+    first, _ = ranks.run(lagging, folder)
+    for way, (seen, said) in first.items():
+        others, slow = np.median(seen[1:], axis=0)
+        assert slow >= 0.2 and others < 0.1, way
+        (told,) = said
+        assert "step 9: worker 1 is slow" in told, way
 
 
 def test_rows_that_one_worker_cannot_read_stop_all_at_the_same_step(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from bitray.data.tickets import Deal
 from bitray.models.batch import Batch
 from bitray.training import watch
 from bitray.training.loop import Every
-from bitray.training.watch import OwnWork, Stragglers, Watchdog, place, stacks
+from bitray.training.watch import Stragglers, Watchdog, place, stacks
 
 
 def test_a_step_that_does_not_end_is_told_once_with_its_place() -> None:
@@ -72,10 +73,15 @@ def test_noise_and_unimportant_differences_name_nobody(own: list[float]) -> None
 
 def test_own_work_is_what_comes_before_the_first_collective_and_in_the_layers() -> None:
     run = loop(settings(max_steps=3))
-    slept = 0.05
-    run.model.model.model.layers[0].mlp.register_forward_hook(lambda *_: time.sleep(0))
+    slept, inside = 0.05, 0.02
+    first = run.model.model.model.layers[0]
+
+    def sleep(_: Any, __: Any, out: torch.Tensor) -> None:
+        time.sleep(inside)
+        out.register_hook(lambda _: time.sleep(inside))
+
+    first.mlp.register_forward_hook(sleep)
     seen: list[float] = []
-    run.own_work = OwnWork(run.model, torch.device("cpu"))
     note = run.stragglers.note
     run.stragglers.note = lambda own, step: seen.extend(own) or note(own, step)  # type: ignore
 
@@ -85,5 +91,7 @@ def test_own_work_is_what_comes_before_the_first_collective_and_in_the_layers() 
             yield ticket, batch(ticket)
 
     run.run(drawn())
-    assert len(seen) == 3 and seen[0] >= slept
-    assert Deal(2, 1).micro_batches == 2 and seen[1] > seen[0] - slept, "with the layers' of before"
+    assert len(seen) == 3 and Deal(2, 1).micro_batches == 2
+    assert seen[0] >= slept
+    assert min(seen[1:]) >= slept + 4 * inside, "with the layers' of before, forward and back"
+    assert not first._forward_hooks and not first._forward_pre_hooks, "the hooks are gone"
