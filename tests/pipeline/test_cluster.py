@@ -88,9 +88,9 @@ def test_a_run_waits_for_what_an_autoscaler_may_bring(
     assert "waits up to 1 s: an autoscaler may bring nodes" in capsys.readouterr().out
 
 
-def poisoned_worker(config: dict[str, str]) -> list[float]:
+def poisoned_worker(config: dict[str, list[str]]) -> list[float]:
     """Four steps, in the third of which the gradients of the last worker are not finite."""
-    sys.path.append(config["tests"])
+    sys.path += config["path"]
     from test_parallel import poisoned
 
     found: list[float] = poisoned()["held out"]
@@ -105,7 +105,7 @@ def test_all_workers_skip_a_step_that_one_cannot_take(tmp_path: Path) -> None:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find this file
     trainer = TorchTrainer(
         poisoned_worker,  # type: ignore[arg-type]
-        train_loop_config={"tests": str(Path(__file__).parents[1] / "training")},
+        train_loop_config={"path": sys.path},
         torch_config=TorchConfig(backend="gloo"),
         scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.5}),
         run_config=RunConfig(name="nan", storage_path=str(tmp_path)),

@@ -36,7 +36,7 @@ def trained(hybrid: bool) -> dict[str, Any]:
     first = next(run.model.parameters())
     placements = [str(p) for p in first.placements] if hasattr(first, "placements") else []
     return {
-        "losses": kept.losses,
+        "losses": kept.values,
         "weights": {name: whole(p) for name, p in run.model.model.named_parameters()},
         "gram": torch.from_numpy(gram_matrix(run, [batch, batch], 1.0)),
         "placements": placements,
