@@ -78,13 +78,16 @@ def attempt_of(client: JobSubmissionClient, name: Name) -> int:
 
 def submitted(client: JobSubmissionClient, **job: Any) -> str:
     """Submit a job; its id. A cluster that has just started has nobody yet who takes it."""
-    end = time.monotonic() + START_SECONDS
+    end, told = time.monotonic() + START_SECONDS, False
     while True:
         try:
             return str(client.submit_job(**job))
         except RuntimeError as error:
             if "No available agent" not in str(error) or time.monotonic() > end:
                 raise
+            if not told:
+                print(f"waiting up to {START_SECONDS:g} s for the head to take jobs", flush=True)
+                told = True
             time.sleep(1)
 
 
