@@ -362,7 +362,7 @@ def test_a_worker_that_is_slow_in_its_layers_is_named_and_the_wait_for_it_is_not
     first, _ = ranks.run(lagging, folder)
     for way, (seen, said) in first.items():
         others, slow = np.median(seen[1:], axis=0)
-        assert slow >= 0.2 and others < 0.1, way
+        assert slow >= 0.2 and others < slow / 2, way
         (told,) = said
         assert "step 9: worker 1 is slow" in told, way
 
