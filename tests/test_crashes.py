@@ -5,6 +5,7 @@ before or what it was to become, and the same work, done again, comes to its end
 """
 
 import asyncio
+import os
 import shutil
 import signal
 import warnings
@@ -195,14 +196,16 @@ def test_a_disk_that_fails_now_and_then_loses_nothing(tmp_path: Path, name: str)
 # ------------------------------------------------------------------------------- object storage
 
 
-def work(name: str, root: str) -> None:
+def work(name: str, root: str, environment: dict[str, str]) -> None:
+    """The server that forks has the environment of the first test that asked for it."""
+    os.environ.update(environment)
     CASES[name].work(root)  # type: ignore[arg-type]
 
 
 def killed(proxy: FlakyS3, name: str, root: str, at: int) -> bool:
     """Whether the work in a process of its own was killed at one of its requests: at an odd number
     before the server has it, else when it is done and nobody was told."""
-    child, left = FORKED.Process(target=work, args=(name, root)), [at]
+    child, left = FORKED.Process(target=work, args=(name, root, dict(os.environ))), [at]
 
     def change(done: bool) -> None:
         left[0] -= 1
