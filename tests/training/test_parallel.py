@@ -195,7 +195,7 @@ def unread() -> list[Any]:
 
 
 def lagging() -> dict[str, Any]:
-    """The last worker sleeps in each layer, forward or back: every worker's own seconds, step by
+    """The second worker sleeps in each layer, forward or back: every worker's own seconds, step by
     step, and what was said of it."""
     found = {}
     for way in ("forward", "back", "back, checkpointed"):
@@ -209,9 +209,11 @@ def lagging() -> dict[str, Any]:
         )
 
         def sleep(_: Any, __: Any, out: torch.Tensor, way: str = way) -> None:
-            if world()[0] == world()[1] - 1 and way == "forward":
+            if world()[0] == 0:
+                return
+            if way == "forward":
                 time.sleep(0.05)
-            if world()[0] == world()[1] - 1 and way != "forward" and out.requires_grad:
+            else:
                 out.register_hook(lambda _: time.sleep(0.05))
 
         for layer in decoder_layers(run.model.model):
